@@ -1,0 +1,98 @@
+"""Resolves the short names in every kind of process; prints {process: {name: class}} as JSON.
+
+Run as a script by `test_registration.py`, because elastic launch and the spawn methods import
+the main module again, and because the processes are shared by several tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+NAMES = [
+    "escaip",
+    "escaip_energy",
+    "escaip_direct_forces",
+    "escaip_direct_stress",
+    "escaip_conservative",
+]
+
+
+def resolve() -> dict[str, str]:
+    """Ask fairchem's registry, as its models do, without importing this package."""
+    from fairchem.core.common.registry import registry
+
+    classes = {name: registry.get_model_class(name) for name in NAMES}
+    return {name: f"{found.__module__}.{found.__qualname__}" for name, found in classes.items()}
+
+
+class Probe:
+    """A data set whose only item is what its worker process resolves."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        return {"pid": str(os.getpid()), **resolve()}
+
+
+def first_item(items: list) -> dict[str, str]:
+    return items[0]
+
+
+def in_worker(method: str) -> dict[str, str]:
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(
+        Probe(), num_workers=1, multiprocessing_context=method, collate_fn=first_item
+    )
+    answer = next(iter(loader))
+    assert answer.pop("pid") != str(os.getpid()), "the item was made in the main process"
+    return answer
+
+
+def in_elastic_ranks() -> dict[str, dict[str, str]]:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+    )
+    answers = elastic_launch(config, resolve)()
+    return {f"elastic rank {rank}": answer for rank, answer in answers.items()}
+
+
+def error_message() -> str:
+    from fairchem.core.common.registry import registry
+
+    try:
+        registry.get_model_class("escaipp")
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def main() -> None:
+    from submitit import AutoExecutor
+
+    with tempfile.TemporaryDirectory() as folder:
+        executor = AutoExecutor(folder=folder, cluster="local")
+        executor.update_parameters(timeout_min=5)
+        job = executor.submit(resolve)
+        answers = {"plain process": resolve(), "submitit job": job.result()}
+    answers |= in_elastic_ranks()
+    answers |= {f"{method} worker": in_worker(method) for method in ("fork", "spawn", "forkserver")}
+    answers["error message"] = error_message()
+    # Into a file: libraries print to the standard output.
+    Path(sys.argv[1]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()

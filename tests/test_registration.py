@@ -1,0 +1,117 @@
+"""Short names in fairchem's registry: in every process, switchable, and never in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROBE = Path(__file__).with_name("registration_probe.py")
+CLASSES = {
+    "escaip": "EScAIPBackbone",
+    "escaip_energy": "EnergyHead",
+    "escaip_direct_forces": "DirectForceHead",
+    "escaip_direct_stress": "DirectStressHead",
+    "escaip_conservative": "ConservativeHead",
+}
+PROCESSES = [
+    "plain process",
+    "elastic rank 0",
+    "elastic rank 1",
+    "submitit job",
+    "fork worker",
+    "spawn worker",
+    "forkserver worker",
+]
+# fairchem's registry without the ten seconds that the rest of fairchem takes to import.
+LIGHT = """
+import sys, types, importlib.util
+core = types.ModuleType("fairchem.core")
+core.__path__ = list(importlib.util.find_spec("fairchem.core").submodule_search_locations)
+sys.modules["fairchem.core"] = core
+import torch
+"""
+LOOK = """
+from fairchem.core.common.registry import registry
+print("escaip" in registry.mapping["model_name_mapping"])
+"""
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("probe")
+    output = folder / "answers.json"
+    done = subprocess.run(
+        [sys.executable, PROBE, output], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_short_names_are_the_public_classes(answers: dict, process: str) -> None:
+    import escaip_fairchem
+
+    expected = {
+        short: f"{cls.__module__}.{cls.__qualname__}"
+        for short, name in CLASSES.items()
+        for cls in [getattr(escaip_fairchem, name)]
+    }
+    assert answers[process] == expected
+
+
+def test_registry_still_explains_unknown_names(answers: dict) -> None:
+    message = answers["error message"]
+    assert "Failed to find the model 'escaipp'" in message
+    assert "'escaip_energy'" in message
+
+
+def test_on_by_default() -> None:
+    assert run_python(LIGHT + LOOK).stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("switch", ["ESCAIP_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_off_switch(switch: str) -> None:
+    assert run_python(LIGHT + LOOK, **{switch: "0"}).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("part", ["_RegistryFinder", "_run_after_loading", "_install"])
+def test_broken_hook_never_breaks_torch_or_fairchem(part: str) -> None:
+    broken = f"import escaip_fairchem._registration as hook\nhook.{part} = None\n"
+    done = run_python(broken + LIGHT + LOOK)
+    assert done.stdout.strip() == "False", done.stderr[-2000:]
+
+
+def test_registry_imported_before_the_hook() -> None:
+    late = """
+assert "escaip" not in registry.mapping["model_name_mapping"]
+import os; os.environ["ESCAIP_AUTOLOAD"] = "1"
+registry.register_model("escaip_energy")("somebody's own")
+from escaip_fairchem._registration import arm; arm(); arm()
+print(registry.get_model_class("escaip_energy"), list(registry.mapping["model_name_mapping"])[0])
+"""
+    done = run_python(LIGHT + LOOK + late, ESCAIP_AUTOLOAD="0")
+    assert done.stdout.strip().splitlines()[-1] == "somebody's own escaip", done.stderr[-2000:]
+
+
+def test_import_of_the_package_is_free_of_torch() -> None:
+    code = (
+        "import sys, escaip_fairchem, escaip_fairchem._registration\n"
+        "print([name for name in ('torch', 'numpy', 'ase', 'fairchem') if name in sys.modules])"
+    )
+    assert run_python(code).stdout.strip() == "[]"
