@@ -1,0 +1,210 @@
+"""The EScAIP backbone: structures -> graph -> features -> blocks -> readouts. Start here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fairchem.core.common.utils import conditional_grad
+from fairchem.core.models.base import BackboneInterface
+from fairchem.core.models.uma.escn_md import GradRegressConfig
+from torch import Tensor, nn
+
+from escaip_fairchem.blocks import BlockInputs, InputBlock, Readout, TransformerBlock
+from escaip_fairchem.config import EScAIPConfig
+from escaip_fairchem.errors import UserError
+from escaip_fairchem.features import bond_orientational_order, gaussian_basis
+from escaip_fairchem.graph import NeighborGraph, build_graph
+from escaip_fairchem.kernels import AttentionGeometry
+from escaip_fairchem.layers import names_without_decay, norm_factory
+from escaip_fairchem.neighbors import Structures
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from fairchem.core.datasets.atomic_data import AtomicData
+
+
+class EScAIPBackbone(nn.Module, BackboneInterface):
+    """Efficiently scaled attention over each atom's neighbours (arXiv 2410.24169).
+
+    Args:
+        **kwargs: The keys of `EScAIPConfig`, or those of fairchem's built-in EScAIP.
+
+    Raises:
+        UserError: An unknown key or a bad value.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        config = self.config = EScAIPConfig.from_kwargs(**kwargs)
+        # fairchem reads and changes this object: read it in forward, never copy it
+        self.regress_config = GradRegressConfig(
+            direct_forces=config.direct_forces,
+            direct_stress=config.direct_stress,
+            forces=config.regress_forces,
+            stress=config.regress_stress,
+        )
+        norm = norm_factory(config.norm, config.hidden_size)
+        carries_edges = config.message == "pair_and_edge"
+        self.input_block = InputBlock(config, norm, edge_used=carries_edges or config.edge_outputs)
+        last = config.num_layers - 1
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                config, norm, edge_used=config.edge_outputs or (carries_edges and index < last)
+            )
+            for index in range(config.num_layers)
+        )
+        self.node_readout = Readout(config, norm)
+        self.edge_readout = Readout(config, norm) if config.edge_outputs else None
+        self._initialize()
+
+    @conditional_grad(torch.enable_grad())
+    def forward(self, data: AtomicData) -> dict[str, Any]:
+        """Features of a batch.
+
+        Args:
+            data: fairchem's batch; reads pos, cell, pbc, atomic_numbers, batch, natoms; sets
+                `batch_full` and `atomic_numbers_full`, which element references read.
+
+        Returns:
+            node_features [N, H], edge_features [E, H] or None, graph (`NeighborGraph`),
+            system_idx [N], num_systems, cell [B, 3, 3], pbc [B, 3], and what a conservative
+            head differentiates by: positions [N, 3], displacement [B, 3, 3] or None.
+
+        Raises:
+            UserError: No atoms, positions that are not finite, elements out of range,
+                coinciding atoms.
+        """
+        data["atomic_numbers"] = data["atomic_numbers"].long()
+        data["atomic_numbers_full"], data["batch_full"] = data["atomic_numbers"], data["batch"]
+        self._refuse_bad_input(data)
+        structures, leaves = self._strained(data)
+        graph = build_graph(structures, self.config)
+        inputs = self._features(graph, data["atomic_numbers"], structures.system_idx)
+        node_features, edge_features = self._encode(inputs)
+        return {
+            "node_features": node_features,
+            "edge_features": edge_features,
+            "graph": graph,
+            "system_idx": structures.system_idx,
+            "num_systems": len(structures.natoms),
+            "cell": structures.cell,
+            "pbc": structures.pbc,
+            **leaves,
+        }
+
+    def _strained(self, data: AtomicData) -> tuple[Structures, dict[str, Tensor]]:
+        """The batch with a symmetric strain of zero, if a gradient with respect to it is due."""
+        regress = self.regress_config
+        positions, cell = data["pos"], data["cell"]
+        pbc = torch.atleast_2d(data["pbc"]).bool()
+        displacement = None
+        leaf = positions
+        if regress.forces and not regress.direct_forces:
+            if not positions.requires_grad:
+                leaf = positions = positions.detach().requires_grad_(True)
+            if regress.stress:
+                displacement = torch.zeros_like(cell, requires_grad=True)
+                symmetric = 0.5 * (displacement + displacement.transpose(1, 2))
+                per_atom = symmetric[data["batch"]]
+                positions = positions + torch.einsum("ni,nij->nj", positions, per_atom)
+                cell = cell + cell @ symmetric
+        structures = Structures(positions, cell, pbc, data["natoms"], data["batch"])
+        return structures, {"positions": leaf, "displacement": displacement}
+
+    def _features(self, graph: NeighborGraph, species: Tensor, system_idx: Tensor) -> BlockInputs:
+        """Geometric features and attention geometry, in the precision of the positions."""
+        config = self.config
+        boo = bond_orientational_order(
+            graph.directions,
+            graph.receivers,
+            graph.envelope if config.smooth else graph.exists,
+            len(species),
+            lmax=config.boo_lmax,
+            scale=config.boo_scale,
+            smooth=config.smooth,
+        )
+        attention = AttentionGeometry.build(
+            graph.directions,
+            graph.log_envelope,
+            graph.slots,
+            (len(species), graph.num_slots),
+            angular=config.angular,
+            lmax=len(config.frequency_list) - 1,
+        )
+        return BlockInputs(
+            species=species,
+            boo=boo,
+            rbf=gaussian_basis(graph.lengths, config.cutoff, config.rbf_size, config.rbf_width),
+            senders=graph.senders,
+            receivers=graph.receivers,
+            starts=graph.starts,
+            counts=graph.counts,
+            system_idx=system_idx,
+            attention=attention,
+        )
+
+    def _encode(self, x: BlockInputs) -> tuple[Tensor, Tensor | None]:
+        """Blocks and readouts: node features [N, H], edge features [E, H] or None."""
+        node, edge = self.input_block(x)
+        node_total = self.node_readout.add(None, 0, node)
+        edge_total = self.edge_readout.add(None, 0, edge) if self.edge_readout else None
+        for index, block in enumerate(self.blocks, start=1):
+            node, edge = block(node, edge, x)
+            node_total = self.node_readout.add(node_total, index, node)
+            if self.edge_readout is not None:
+                edge_total = self.edge_readout.add(edge_total, index, edge)
+        edge_features = self.edge_readout.finish(edge_total) if self.edge_readout else None
+        return self.node_readout.finish(node_total), edge_features
+
+    def _initialize(self) -> None:
+        """``paper``: Xavier-uniform; ``v2``: torch's defaults; biases zero in both."""
+        for module in self.modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if self.config.layout == "paper":
+                nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def _refuse_bad_input(self, data: AtomicData) -> None:
+        numbers, limit = data["atomic_numbers"], self.config.max_num_elements
+        if len(numbers) == 0 or int(data["natoms"].min()) == 0:
+            raise UserError("a structure of the batch has no atoms; remove it")
+        if not bool(torch.isfinite(data["pos"]).all() & torch.isfinite(data["cell"]).all()):
+            raise UserError("positions or cell of the batch are not finite (NaN or inf)")
+        if int(numbers.max()) >= limit or int(numbers.min()) < 0:
+            raise UserError(
+                f"atomic number {int(numbers.max())} is outside of the model's range "
+                f"0..{limit - 1}; set max_num_elements when training"
+            )
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the optimizer must not decay: norms, embeddings, biases, scalars."""
+        return names_without_decay(self)
+
+    # fairchem's inference interface
+
+    @classmethod
+    def build_inference_settings(cls, settings: Any) -> dict[str, Any]:
+        """No overrides; switches off fairchem's `torch.compile`, minutes long on first use."""
+        settings.compile = False
+        return {}
+
+    def get_default_untrained_tasks(self, checkpoint_tasks: dict, inference_settings: Any) -> list:
+        """None: properties that were not trained are added on request only."""
+        return []
+
+    def validate_tasks(self, dataset_to_tasks: dict[str, list]) -> None:
+        """Every dataset name is accepted."""
+
+    def prepare_for_inference(self, data: AtomicData, settings: Any) -> EScAIPBackbone:
+        """Nothing to prepare."""
+        return self
+
+    def on_predict_check(self, data: AtomicData) -> None:
+        """Nothing beyond the checks of `forward`."""
+
+    def validate_atoms_data(self, atoms: Atoms, task_name: str) -> None:
+        """Charge and spin are not read; set fairchem's defaults so that nothing is missing."""
+        atoms.info.setdefault("charge", 0)
+        atoms.info.setdefault("spin", 0)

@@ -1,0 +1,272 @@
+"""The layers of the backbone: edge attributes, neighbourhood attention, readouts.
+
+Shapes: N atoms, E edges (packed), H hidden, A heads, D = H / A, L blocks, R RBF size.
+All of it imports torch only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from escaip_fairchem.config import EScAIPConfig
+from escaip_fairchem.kernels import AttentionGeometry, neighbor_attention
+from escaip_fairchem.layers import ACTIVATIONS, ConcatLinear, FeedForward, StochasticDepth
+
+
+@dataclass
+class BlockInputs:
+    """What every block reads of a batch besides its hidden state.
+
+    Attributes:
+        species: Atomic numbers, [N].
+        boo: Bond-orientational order, [N, lmax + 1].
+        rbf: Radial basis of each edge, [E, R].
+        senders: Neighbour of each edge, [E].
+        receivers: Atom of each edge, ascending, [E].
+        starts: First edge of each atom, [N].
+        counts: Edges of each atom, [N].
+        system_idx: Structure of each atom, [N].
+        attention: Geometry of the attention.
+    """
+
+    species: Tensor
+    boo: Tensor
+    rbf: Tensor
+    senders: Tensor
+    receivers: Tensor
+    starts: Tensor
+    counts: Tensor
+    system_idx: Tensor
+    attention: AttentionGeometry
+
+
+Norm = Callable[[], nn.Module]
+
+
+class EdgeAttributes(nn.Module):
+    """Edge attributes from distance, and species and BOO of both ends (paper, Figure 3).
+
+    None of it depends on the hidden state; species and BOO parts are computed per atom.
+    """
+
+    def __init__(self, config: EScAIPConfig) -> None:
+        super().__init__()
+        elements, boo_size = config.max_num_elements, config.boo_lmax + 1
+        self.source_species = nn.Embedding(elements, config.species_dim)
+        self.target_species = nn.Embedding(elements, config.species_dim)
+        self.source_boo = nn.Linear(boo_size, config.boo_dim)
+        self.target_boo = nn.Linear(boo_size, config.boo_dim)
+        self.distance = nn.Linear(config.rbf_size, config.rbf_dim)
+        sizes = (config.rbf_dim, *(config.boo_dim, config.species_dim) * 2)
+        self.output = ConcatLinear(sizes, config.hidden_size)
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.mlp_dropout)
+        nn.init.uniform_(self.source_species.weight, -0.001, 0.001)
+        nn.init.uniform_(self.target_species.weight, -0.001, 0.001)
+
+    def forward(self, x: BlockInputs) -> Tensor:
+        """Attributes of each edge, [E, H]."""
+        distance = self.dropout(self.activation(self.distance(x.rbf)))
+        source_boo = self.dropout(self.activation(self.source_boo(x.boo)))
+        target_boo = self.dropout(self.activation(self.target_boo(x.boo)))
+        part = self.output.part
+        source = part(1, source_boo) + part(2, self.source_species(x.species))
+        target = part(3, target_boo) + part(4, self.target_species(x.species))
+        total = part(0, distance, bias=True) + source[x.senders] + target[x.receivers]
+        return self.dropout(self.activation(total))
+
+
+def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
+    """Each atom's features from its neighbourhood, [E, H] -> [N, H].
+
+    ``mean`` over the slots (with the published 1e-5 in the count), or ``self``: slot 0.
+    """
+    if pooling == "self":
+        return edge[x.starts]
+    total = edge.new_zeros(len(x.species), edge.shape[-1]).index_add(0, x.receivers, edge)
+    return total / (x.counts.to(edge.dtype) + 1e-5)[:, None]
+
+
+class InputBlock(nn.Module):
+    """First node and edge features from the edge attributes alone."""
+
+    def __init__(self, config: EScAIPConfig, norm: Norm, *, edge_used: bool) -> None:
+        super().__init__()
+        self.attributes = EdgeAttributes(config)
+        self.attribute_norm = norm()
+        self.ffn = FeedForward(
+            config.hidden_size,
+            1,
+            activation=config.activation,
+            dropout=config.edge_ffn_dropout,
+        )
+        self.node_norm = norm()
+        self.edge_norm = norm() if edge_used else None
+        self.residual_before_norm = config.layout == "paper"
+        self.pooling = config.pooling
+
+    def forward(self, x: BlockInputs) -> tuple[Tensor, Tensor | None]:
+        """Node features [N, H] and, if anything reads them, edge features [E, H]."""
+        attributes = self.attributes(x)
+        normed = self.attribute_norm(attributes)
+        residual = attributes if self.residual_before_norm else normed
+        edge = residual + self.ffn(normed)
+        node = self.node_norm(pool_slots(edge, x, self.pooling))
+        return node, self.edge_norm(edge) if self.edge_norm is not None else None
+
+
+class NeighborAttention(nn.Module):
+    """Message formation and self-attention among each atom's neighbours.
+
+    The message of an edge is made of its attributes, the hidden states of both atoms, and
+    in preset ``v2`` the edge's own state.
+    """
+
+    def __init__(self, config: EScAIPConfig, norm: Norm) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.attributes = EdgeAttributes(config)
+        self.pair = ConcatLinear((size, size), size)
+        self.edge = nn.Linear(size, size) if config.message == "pair_and_edge" else None
+        self.message = nn.Linear(size * (2 if self.edge is None else 3), size)
+        inner_norms = config.layout == "v2"
+        self.attribute_norm = norm() if inner_norms else nn.Identity()
+        self.message_norm = norm() if inner_norms else nn.Identity()
+        self.qkv = nn.Linear(size, 3 * size)
+        self.out = nn.Linear(size, size)
+        self.cosine_scale = nn.Parameter(torch.ones(())) if config.angular == "cosine" else None
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.mlp_dropout)
+        self.attention_dropout = config.attention_dropout
+        self.heads = config.num_heads
+        self.frequencies = config.frequency_list if config.angular == "legendre" else ()
+        self.scale = 1.0 / math.sqrt(attention_width(config))
+        self.pooling = config.pooling
+
+    def forward(self, node: Tensor, edge: Tensor | None, x: BlockInputs) -> tuple[Tensor, Tensor]:
+        """Normed node [N, H] (and edge [E, H]) features -> updates of nodes and edges."""
+        attributes = self.attribute_norm(self.attributes(x))
+        source, target = self.pair.part(0, node), self.pair.part(1, node, bias=True)
+        pair = self.dropout(self.activation(source[x.senders] + target[x.receivers]))
+        parts = [attributes, pair]
+        if self.edge is not None:
+            parts.insert(1, self.dropout(self.activation(self.edge(edge))))
+        message = self.message_norm(self.activation(self.message(torch.cat(parts, dim=-1))))
+        q, k, v = self.qkv(message).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        attended = neighbor_attention(
+            q,
+            k,
+            v,
+            x.attention,
+            scale=self.scale,
+            frequencies=self.frequencies,
+            cosine_scale=self.cosine_scale,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        edge_update = self.out(attended.flatten(1))
+        return pool_slots(edge_update, x, self.pooling), edge_update
+
+
+def attention_width(config: EScAIPConfig) -> int:
+    """Width whose root scales the dot products.
+
+    The published ``v2`` code repeats a channel of degree l 2 l + 1 times and pads to a
+    multiple of 8, and its softmax scale follows that width (320 for a head size of 64).
+    """
+    if config.angular != "legendre":
+        return config.head_size
+    width = sum(count * (2 * l + 1) for l, count in enumerate(config.frequency_list))
+    return -(-width // 8) * 8
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward on nodes and edges, with residuals."""
+
+    def __init__(self, config: EScAIPConfig, norm: Norm, *, edge_used: bool) -> None:
+        """`edge_used`: whether anything after this block reads its edge features."""
+        super().__init__()
+
+        def ffn(dropout: float) -> FeedForward:
+            return FeedForward(
+                config.hidden_size,
+                config.ffn_multiplier,
+                activation=config.activation,
+                dropout=dropout,
+            )
+
+        self.attention = NeighborAttention(config, norm)
+        self.node_attention_norm = norm()
+        self.edge_attention_norm = norm() if config.message == "pair_and_edge" else None
+        self.node_ffn_norm, self.node_ffn = norm(), ffn(config.node_ffn_dropout)
+        self.edge_used = edge_used
+        if edge_used:
+            self.edge_ffn_norm, self.edge_ffn = norm(), ffn(config.edge_ffn_dropout)
+        self.drop_attention = StochasticDepth(config.stochastic_depth)
+        self.drop_ffn = StochasticDepth(config.stochastic_depth)
+
+    def forward(self, node: Tensor, edge: Tensor | None, x: BlockInputs):
+        """[N, H], [E, H] -> [N, H], [E, H] (None where nothing reads the edges)."""
+        edge_system = x.system_idx[x.receivers]
+        normed = self.edge_attention_norm(edge) if self.edge_attention_norm is not None else None
+        update = self.attention(self.node_attention_norm(node), normed, x)
+        node_update, edge_update = self.drop_attention(*update, x.system_idx, edge_system)
+        node = node + node_update
+        if not self.edge_used:
+            node_ffn = self.node_ffn(self.node_ffn_norm(node))
+            return node + self.drop_ffn(node_ffn, node_ffn, x.system_idx, x.system_idx)[0], None
+        edge = edge + edge_update
+        update = self.node_ffn(self.node_ffn_norm(node)), self.edge_ffn(self.edge_ffn_norm(edge))
+        node_update, edge_update = self.drop_ffn(*update, x.system_idx, edge_system)
+        return node + node_update, edge + edge_update
+
+
+class Readout(nn.Module):
+    """Readouts of the input block and of every block, concatenated and projected.
+
+    The concatenation is never formed: each block's share is added to the projection, and
+    the norm over the concatenation (preset ``paper``) becomes a scale at the end.
+    """
+
+    def __init__(self, config: EScAIPConfig, norm: Norm) -> None:
+        super().__init__()
+        size, parts = config.hidden_size, config.num_layers + 1
+        self.norms = nn.ModuleList(norm() for _ in range(parts))
+        self.ffns = nn.ModuleList(
+            FeedForward(
+                size,
+                config.readout_multiplier,
+                activation=config.activation,
+                dropout=config.mlp_dropout,
+            )
+            for _ in range(parts)
+        )
+        self.projection = ConcatLinear((size,) * parts, size)
+        concat_norm = config.layout == "paper" and config.norm == "rmsnorm"
+        self.concat_norm = nn.RMSNorm(size * parts) if concat_norm else None
+        self.output_norm = norm()
+        self.activation = ACTIVATIONS[config.activation]
+
+    def add(self, total: tuple[Tensor, Tensor] | None, index: int, x: Tensor):
+        """Add block `index`'s readout of features [..., H] to the running projection."""
+        readout = x + self.ffns[index](self.norms[index](x))
+        square = None
+        if self.concat_norm is not None:
+            square = readout.square().sum(-1, keepdim=True)
+            readout = readout * self.concat_norm.weight.chunk(len(self.ffns))[index]
+        share = self.projection.part(index, readout)
+        if total is None:
+            return share, square
+        return total[0] + share, None if square is None else total[1] + square
+
+    def finish(self, total: tuple[Tensor, Tensor]) -> Tensor:
+        """The projected readout, [..., H]."""
+        projected, square = total
+        if self.concat_norm is not None:
+            eps = torch.finfo(square.dtype).eps
+            projected = projected * torch.rsqrt(square / self.projection.in_features + eps)
+        return self.output_norm(self.activation(projected + self.projection.bias))

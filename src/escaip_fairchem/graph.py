@@ -1,0 +1,246 @@
+"""From a batch of structures to the packed neighbourhoods that attention works on.
+
+Shapes: N atoms, P candidate pairs, C candidates per atom, E edges (packed slots).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from escaip_fairchem.config import EScAIPConfig
+from escaip_fairchem.neighbors import Pairs, Structures, find_pairs, refuse_overlap
+
+#: soft_knn, published form: ranks count the nearest max_neighbors + 20 atoms only.
+RANK_MARGIN = 20
+
+#: Beyond every candidate; finite, because inf - inf would poison gradients.
+FAR = 1.0e4
+
+#: Length of an edge that stands for "no neighbour": every Gaussian of it is zero.
+NOWHERE = torch.inf
+
+
+@dataclass
+class NeighborGraph:
+    """Neighbourhoods, packed: edges sorted by receiver, no padding.
+
+    Attributes:
+        senders: Neighbour of each edge, [E].
+        receivers: Atom that the edge belongs to, ascending, [E].
+        lengths: Distances, Angstrom, [E].
+        directions: Unit vectors from the neighbour to the atom; zero for a self edge, [E, 3].
+        log_envelope: Logarithm of the edge's weight, 0 for a hard cut, [E].
+        counts: Edges of each atom, [N].
+        num_slots: Size K of the largest neighbourhood.
+    """
+
+    senders: Tensor
+    receivers: Tensor
+    lengths: Tensor
+    directions: Tensor
+    log_envelope: Tensor
+    counts: Tensor
+    num_slots: int
+
+    @property
+    def starts(self) -> Tensor:
+        """First edge of each atom, [N]; with ``soft_knn`` it is the atom itself (slot 0)."""
+        return self.counts.cumsum(0) - self.counts
+
+    @property
+    def envelope(self) -> Tensor:
+        """Weight of each edge, 1 for a self edge or a hard cut, [E]."""
+        return self.log_envelope.exp()
+
+    @property
+    def exists(self) -> Tensor:
+        """1.0, or 0.0 for an edge that stands for "no neighbour", [E]."""
+        return torch.isfinite(self.lengths).to(self.lengths.dtype)
+
+    @property
+    def slots(self) -> Tensor:
+        """Position of each edge in a padded [N * K] layout, [E]."""
+        edge = torch.arange(len(self.receivers), device=self.receivers.device)
+        return self.receivers * self.num_slots + edge - self.starts[self.receivers]
+
+
+def build_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
+    """Neighbourhoods of every atom, as the preset defines them.
+
+    Args:
+        structures: The batch; differentiable positions and cell give differentiable edges.
+        config: Reads graph, cutoff, max_neighbors, rank_scale, envelope_scale, smooth,
+            use_pbc and neighbor_search.
+
+    Returns:
+        The graph. Atoms without neighbours have one edge to themselves without direction.
+
+    Raises:
+        UserError: Two atoms coincide.
+    """
+    if not config.use_pbc:
+        structures = Structures(
+            structures.positions,
+            structures.cell,
+            torch.zeros_like(structures.pbc),
+            structures.natoms,
+            structures.system_idx,
+        )
+    build = {"knn": _knn_graph, "soft_knn": _soft_knn_graph}[config.graph]
+    return build(structures, config)
+
+
+def _knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
+    """Strictly the nearest `max_neighbors` within the cutoff, hard cut (preset ``paper``)."""
+    k = config.max_neighbors
+    lists = _candidates(structures, config, config.cutoff, enough=k)
+    keep = lists.distances[:, :k] < FAR
+    edge_of = lists.pair[:, :k][keep]
+    receivers = keep.nonzero()[:, 0]
+    # an atom without neighbours attends to itself, as in the authors' patch_singleton_atom,
+    # but without their direction (1, 0, 0), which gave it a force
+    lonely = (~keep.any(1)).nonzero()[:, 0]
+    return _pack(
+        senders=torch.cat([lists.pairs.senders[edge_of], lonely]),
+        receivers=torch.cat([receivers, lonely]),
+        vectors=torch.cat([lists.vectors[edge_of], lists.vectors.new_zeros(len(lonely), 3)]),
+        self_length=NOWHERE,
+        log_envelope=lists.vectors.new_zeros(len(receivers) + len(lonely)),
+        num_atoms=len(structures.positions),
+    )
+
+
+def _soft_knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
+    """Bi-directional soft k nearest neighbours with an envelope (preset ``v2``).
+
+    The envelope variable of an edge is a soft maximum of its rank among the neighbours of
+    either end, over k, and of its length over the cutoff; edges with a value below 1 exist.
+    fairchem-core 2.24 models/escaip/utils/radius_graph.py is the reference.
+    """
+    k = config.max_neighbors
+    step = _smooth_step if config.smooth else _sine_step
+    # a rank counts what is up to pi * rank_scale further away than the edge itself
+    reach = config.cutoff + torch.pi * config.rank_scale
+    lists = _candidates(structures, config, reach, enough=None)
+    n = len(structures.positions)
+    # the atom itself, at distance 0, takes part in the ranking
+    distances = torch.cat([lists.distances.new_zeros(n, 1), lists.distances], dim=1)
+    if not config.smooth:
+        distances = distances[:, : k + RANK_MARGIN]
+    own = _own_ranks(distances, step, config.rank_scale)[:, 1:]
+    near = (distances[:, 1:] <= config.cutoff) & (own < k)
+    receivers = near.nonzero()[:, 0]
+    edge_of = lists.pair[:, : near.shape[1]][near]
+    senders = lists.pairs.senders[edge_of]
+    lengths = distances[:, 1:][near]
+    theirs = _ranks(lengths, distances[senders], step, config.rank_scale)
+    terms = torch.stack([own[near] / k, theirs / k, lengths / config.cutoff])
+    x = config.envelope_scale * torch.logsumexp(terms / config.envelope_scale, dim=0)
+
+    inside = (x < 1).nonzero()[:, 0]
+    x2 = x[inside].square()
+    atoms = torch.arange(n, device=senders.device)
+    return _pack(
+        senders=torch.cat([atoms, senders[inside]]),
+        receivers=torch.cat([atoms, receivers[inside]]),
+        vectors=torch.cat([lengths.new_zeros(n, 3), lists.vectors[edge_of[inside]]]),
+        self_length=0.0,
+        log_envelope=torch.cat([lengths.new_zeros(n), -x2 / (1 - x2)]),
+        num_atoms=n,
+    )
+
+
+@dataclass
+class _Candidates:
+    """Each atom's candidates by distance: [N, C], padded with FAR (and pair 0)."""
+
+    pairs: Pairs
+    vectors: Tensor
+    distances: Tensor
+    pair: Tensor
+
+
+def _candidates(
+    structures: Structures, config: EScAIPConfig, reach: float, enough: int | None
+) -> _Candidates:
+    """Sorted candidate lists within `reach`, or shorter ones that hold `enough` everywhere.
+
+    The nearest `enough` neighbours are the same whatever the radius, once every atom has
+    that many; a small first radius saves most of a 12 A search.
+    """
+    n = len(structures.positions)
+    radius = reach if enough is None else min(reach, 6.0)
+    while True:
+        pairs = find_pairs(structures, radius, config.neighbor_search)
+        counts = torch.bincount(pairs.receivers, minlength=n)
+        if radius >= reach or int(counts.min()) >= enough:
+            break
+        radius = min(reach, 1.5 * radius)
+    vectors = pairs.vectors(structures)
+    lengths = torch.linalg.vector_norm(vectors, dim=-1)
+    refuse_overlap(lengths, pairs)
+    width = int(counts.max())
+    # stable sorts by distance, then by receiver: ties keep the order of the search
+    by_length = torch.sort(lengths.detach(), stable=True).indices
+    order = by_length[torch.sort(pairs.receivers[by_length], stable=True).indices]
+    rows = pairs.receivers[order]
+    starts = counts.cumsum(0) - counts
+    columns = torch.arange(len(order), device=rows.device) - starts[rows]
+    distances = lengths.new_full((n, width), FAR)
+    distances = distances.index_put((rows, columns), lengths[order])
+    pair = torch.zeros((n, width), dtype=torch.long, device=rows.device)
+    pair[rows, columns] = order
+    return _Candidates(pairs, vectors, distances, pair)
+
+
+def _own_ranks(distances: Tensor, step, scale: float, chunk: int = 2048) -> Tensor:
+    """Soft rank of each entry within its own row, [N, C]; in chunks that bound memory."""
+    parts = [_ranks(d, d[:, None, :], step, scale) for d in distances.split(chunk)]
+    return torch.cat(parts)
+
+
+def _ranks(lengths: Tensor, distances: Tensor, step, scale: float) -> Tensor:
+    """How many of `distances` (last axis) lie below each of `lengths`, softly."""
+    return step((lengths[..., None] - distances) / scale).sum(-1)
+
+
+def _sine_step(x: Tensor) -> Tensor:
+    """Step from 0 to 1 over [-pi, pi], once differentiable (as published)."""
+    return 0.5 + 0.5 * torch.sin(0.5 * x.clamp(-torch.pi, torch.pi))
+
+
+def _smooth_step(x: Tensor) -> Tensor:
+    """Step from 0 to 1 over [-pi, pi], three times differentiable."""
+    t = (x / (2 * torch.pi) + 0.5).clamp(0, 1)
+    return t**4 * (35 + t * (-84 + t * (70 - 20 * t)))
+
+
+def _pack(
+    *,
+    senders: Tensor,
+    receivers: Tensor,
+    vectors: Tensor,
+    self_length: float,
+    log_envelope: Tensor,
+    num_atoms: int,
+) -> NeighborGraph:
+    """Sort edges by receiver (stable: self edges given first come first) and pack them."""
+    order = torch.sort(receivers, stable=True).indices
+    receivers, vectors = receivers[order], vectors[order]
+    counts = torch.bincount(receivers, minlength=num_atoms)
+    # a self edge has no direction; masking before the norm keeps its gradient finite
+    square = vectors.square().sum(-1, keepdim=True)
+    directed = square > 0
+    norms = torch.where(directed, square, 1.0).sqrt()
+    return NeighborGraph(
+        senders=senders[order],
+        receivers=receivers,
+        lengths=torch.where(directed, norms, self_length)[:, 0],
+        directions=vectors / norms,
+        log_envelope=log_envelope[order],
+        counts=counts,
+        num_slots=int(counts.max()),
+    )

@@ -1,0 +1,245 @@
+"""Output heads: energy, direct forces, direct stress, and forces by differentiation.
+
+Shapes: B structures, N atoms, E edges, H hidden. Values are in the model's normalised
+units; fairchem's tasks scale them and add element references.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fairchem.core.common.utils import conditional_grad
+from fairchem.core.models.base import HeadInterface
+from torch import Tensor, nn
+
+from escaip_fairchem.errors import UserError
+from escaip_fairchem.layers import FeedForward, names_without_decay, norm_factory
+
+if TYPE_CHECKING:
+    from fairchem.core.datasets.atomic_data import AtomicData
+
+    from escaip_fairchem.backbone import EScAIPBackbone
+    from escaip_fairchem.config import EScAIPConfig
+
+
+class OutputLayer(nn.Module):
+    """Feed-forward and a linear map without bias, [..., H] -> [..., outputs]."""
+
+    def __init__(self, config: EScAIPConfig, outputs: int, *, dropout: float) -> None:
+        super().__init__()
+        self.ffn = FeedForward(
+            config.hidden_size,
+            config.output_multiplier,
+            activation=config.activation,
+            dropout=dropout,
+        )
+        self.final = nn.Linear(config.hidden_size, outputs, bias=False)
+        self.residual = config.layout == "paper"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        hidden = self.ffn(x)
+        return self.final(x + hidden if self.residual else hidden)
+
+
+class _Head(nn.Module, HeadInterface):
+    """What the heads share: the configuration, norms, initialisation."""
+
+    def __init__(self, backbone: EScAIPBackbone) -> None:
+        super().__init__()
+        self.config = backbone.config
+        self.regress_config = backbone.regress_config  # shared: fairchem changes it
+        self._norm = norm_factory(self.config.norm, self.config.hidden_size)
+
+    def _scalar(self) -> OutputLayer:
+        return OutputLayer(self.config, 1, dropout=self.config.scalar_output_dropout)
+
+    def _head_norm(self) -> nn.Module:
+        """The norm that preset ``v2`` puts before its heads; ``paper`` has none here."""
+        return self._norm() if self.config.layout == "v2" else nn.Identity()
+
+    def _initialize(self, gain: float = 1.0) -> None:
+        """Xavier-uniform weights, zero biases, as in both reference codes."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, gain=gain)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the optimizer must not decay."""
+        return names_without_decay(self)
+
+
+class EnergyHead(_Head):
+    """Energy as a sum (or mean) of atomic energies.
+
+    Args:
+        backbone: The `EScAIPBackbone` whose node features are read.
+    """
+
+    def __init__(self, backbone: EScAIPBackbone) -> None:
+        super().__init__(backbone)
+        self.node_norm = self._head_norm() if self.config.energy_head_norm else nn.Identity()
+        self.energy = self._scalar()
+        self._initialize(self.config.energy_head_gain)
+
+    def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
+        """{"energy": [B]}."""
+        return {"energy": self._energy(emb)}
+
+    def _energy(self, emb: dict[str, Any]) -> Tensor:
+        per_atom = self.energy(self.node_norm(emb["node_features"]))[:, 0]
+        return _reduce(per_atom, emb, self.config.energy_reduce)
+
+
+class DirectForceHead(_Head):
+    """Forces without differentiation: F_i = m_i sum_j w_ij * d_ij.
+
+    m_i is a number per atom, w_ij three numbers per edge (one with ``force_weights:
+    scalar``, which makes the forces exactly equivariant), d_ij the unit vector from the
+    neighbour to the atom. With ``smooth`` the sum is weighted by the envelope.
+
+    Args:
+        backbone: The `EScAIPBackbone`, with ``direct_forces: true``.
+
+    Raises:
+        UserError: The backbone has no edge features.
+    """
+
+    def __init__(self, backbone: EScAIPBackbone) -> None:
+        super().__init__(backbone)
+        _need_edges(self)
+        outputs = 3 if self.config.force_weights == "vector" else 1
+        self.node_norm, self.edge_norm = self._head_norm(), self._head_norm()
+        self.magnitude = self._scalar()
+        self.direction = OutputLayer(
+            self.config, outputs, dropout=self.config.vector_output_dropout
+        )
+        self._initialize()
+
+    def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
+        """{"forces": [N, 3]}."""
+        graph, node = emb["graph"], emb["node_features"]
+        terms = self.direction(self.edge_norm(emb["edge_features"])) * graph.directions
+        if self.config.smooth:
+            terms = terms * graph.envelope[:, None]
+        total = terms.new_zeros(len(node), 3).index_add(0, graph.receivers, terms)
+        return {"forces": total * self.magnitude(self.node_norm(node))}
+
+
+class DirectStressHead(_Head):
+    """Stress without differentiation, from the rank-2 head of the authors' MPtrj model.
+
+    The mean over neighbours of edge features times the five l = 2 components of the edge
+    direction gives the anisotropic part, node features the isotropic one; both are means
+    over atoms (ASK-Berkeley/EScAIP at cea229e, `EScAIPRank2Head`).
+
+    Args:
+        backbone: The `EScAIPBackbone`, with ``direct_stress: true``.
+
+    Raises:
+        UserError: The backbone has no edge features.
+    """
+
+    def __init__(self, backbone: EScAIPBackbone) -> None:
+        super().__init__(backbone)
+        _need_edges(self)
+        self.node_norm, self.edge_norm = self._head_norm(), self._head_norm()
+        self.isotropic, self.anisotropic = self._scalar(), self._scalar()
+        self._initialize()
+
+    def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
+        """{"stress": [B, 9]}, row-major symmetric 3 x 3."""
+        graph, node = emb["graph"], emb["node_features"]
+        basis = _traceless_basis(node)
+        direction = graph.directions
+        # component normalisation: the five numbers of a unit vector have squares summing to 5
+        second = 7.5**0.5 * torch.einsum("mab,ea,eb->em", basis, direction, direction)
+        edge = self.edge_norm(emb["edge_features"]) * graph.envelope[:, None]
+        terms = second[:, :, None] * edge[:, None, :]
+        total = terms.new_zeros(len(node), *terms.shape[1:]).index_add(0, graph.receivers, terms)
+        weight = graph.envelope.new_zeros(len(node)).index_add(0, graph.receivers, graph.envelope)
+        anisotropic = self.anisotropic(total / weight[:, None, None])[..., 0]
+        isotropic = self.isotropic(self.node_norm(node))
+        identity = torch.eye(3, dtype=node.dtype, device=node.device) / 3**0.5
+        per_atom = torch.einsum("nm,mab->nab", anisotropic, basis) + isotropic[..., None] * identity
+        return {"stress": _reduce(per_atom.flatten(1), emb, "mean")}
+
+
+class ConservativeHead(EnergyHead):
+    """Energy, and forces and stress as its derivatives.
+
+    Args:
+        backbone: The `EScAIPBackbone`, with ``direct_forces: false``.
+        prefix: Put before the task names, as ``{prefix}_energy``; None for plain names.
+            Several prefixes repeat the results under each name.
+
+    Raises:
+        UserError: The backbone is one for direct forces.
+    """
+
+    def __init__(self, backbone: EScAIPBackbone, prefix: str | list[str] | None = None) -> None:
+        if backbone.config.direct_forces:
+            raise UserError("ConservativeHead needs a backbone with direct_forces: false")
+        super().__init__(backbone)
+        prefixes = [prefix] if isinstance(prefix, str) else prefix
+        self.prefixes = [f"{p}_" for p in prefixes] if prefixes else [""]
+
+    @conditional_grad(torch.enable_grad())
+    def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """{"energy": {"energy": [B]}, "forces": {"forces": [N, 3]}, "stress": {"stress": [B, 9]}}.
+
+        Forces and stress are there if `regress_config` asks for them. Stress is dE/d(strain)
+        over the volume, positive under tension as in ASE; a structure without periodic axes
+        has none: zeros in training (where a mask hides it), NaN otherwise.
+        """
+        energy = self._energy(emb)
+        results = {"energy": energy}
+        if self.regress_config.forces:
+            leaves = [emb["positions"]]
+            if self.regress_config.stress:
+                leaves.append(emb["displacement"])
+            gradients = torch.autograd.grad(energy.sum(), leaves, create_graph=self.training)
+            results["forces"] = -gradients[0]
+            if self.regress_config.stress:
+                results["stress"] = self._stress(gradients[1], emb)
+        if not self.training:
+            results = {key: value.detach() for key, value in results.items()}
+        return {f"{p}{key}": {key: results[key]} for p in self.prefixes for key in results}
+
+    def _stress(self, virial: Tensor, emb: dict[str, Any]) -> Tensor:
+        volume = torch.linalg.det(emb["cell"].detach()).abs()[:, None, None]
+        periodic = emb["pbc"].any(1)[:, None, None]
+        missing = 0.0 if self.training else torch.nan
+        stress = virial / torch.where(periodic, volume, 1.0)
+        return torch.where(periodic, stress, missing).flatten(1)
+
+
+def _need_edges(head: _Head) -> None:
+    if not head.config.edge_outputs:
+        raise UserError(
+            f"{type(head).__name__} needs a backbone with direct_forces: true and "
+            "regress_forces: true (or direct_stress: true)"
+        )
+
+
+def _reduce(per_atom: Tensor, emb: dict[str, Any], reduce: str) -> Tensor:
+    """Sum or mean of [N, ...] over the atoms of each structure, [B, ...]."""
+    index, size = emb["system_idx"], emb["num_systems"]
+    total = per_atom.new_zeros(size, *per_atom.shape[1:]).index_add(0, index, per_atom)
+    if reduce == "sum":
+        return total
+    counts = torch.bincount(index, minlength=size).to(total.dtype)
+    return total / counts.view(-1, *[1] * (total.dim() - 1))
+
+
+def _traceless_basis(like: Tensor) -> Tensor:
+    """Orthonormal basis of the symmetric traceless 3 x 3 matrices, [5, 3, 3]."""
+    basis = like.new_zeros(5, 3, 3)
+    for index, (a, b) in enumerate([(0, 1), (1, 2), (0, 2)]):
+        basis[index, a, b] = basis[index, b, a] = 0.5**0.5
+    basis[3] = torch.diag(like.new_tensor([-1.0, -1.0, 2.0])) / 6**0.5
+    basis[4] = torch.diag(like.new_tensor([1.0, -1.0, 0.0])) / 2**0.5
+    return basis

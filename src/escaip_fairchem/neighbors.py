@@ -1,0 +1,197 @@
+"""Candidate neighbour pairs within a radius: fairchem's search, or vesin's on a CPU.
+
+Both take unwrapped positions, each structure's own `pbc` per axis, and any cell; both
+return the same pairs. Nothing here is differentiated: distances are recomputed from the
+positions afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase.geometry import complete_cell
+from fairchem.core.graph.compute import generate_graph
+from torch import Tensor
+
+from escaip_fairchem.errors import UserError
+
+
+#: Atoms closer than this cannot be meant, Angstrom.
+MIN_DISTANCE = 0.1
+
+#: Wrapping starts at this fraction of a cell below 0, so that rounding does not send
+#: atoms at 0 to the other side.
+WRAP_MARGIN = 0.0123
+
+
+@dataclass
+class Structures:
+    """A batch of structures: positions [N, 3], cell [B, 3, 3], pbc [B, 3], system_idx [N]."""
+
+    positions: Tensor
+    cell: Tensor
+    pbc: Tensor
+    natoms: Tensor
+    system_idx: Tensor
+
+
+@dataclass
+class Pairs:
+    """Directed pairs: neighbour `senders` of atom `receivers`, lattice `offsets` of it, [P]."""
+
+    senders: Tensor
+    receivers: Tensor
+    offsets: Tensor
+
+    def vectors(self, structures: Structures) -> Tensor:
+        """r_receiver - (r_sender + offset.cell), from neighbour to atom, Angstrom, [P, 3].
+
+        Differentiable with respect to positions and cell.
+        """
+        cell = structures.cell[structures.system_idx[self.receivers]]
+        shift = torch.einsum("pi,pij->pj", self.offsets, cell)
+        positions = structures.positions
+        return positions[self.receivers] - (positions[self.senders] + shift)
+
+
+@torch.no_grad()
+def find_pairs(structures: Structures, radius: float, search: str = "auto") -> Pairs:
+    """All pairs of atoms within a radius, periodic images included.
+
+    Args:
+        structures: The batch; atoms may lie outside of their cell.
+        radius: Angstrom.
+        search: ``auto`` | ``fairchem`` (generate_graph version 2) | ``nvidia`` (version 3)
+            | ``vesin``. ``auto`` is version 3 on a GPU with nvalchemiops, else version 2.
+
+    Returns:
+        The pairs, in no particular order.
+
+    Raises:
+        UserError: The named search is not installed, or two atoms coincide.
+    """
+    name = _resolve(search, structures.positions.device)
+    wrapped, shifts = _wrap(structures)
+    _refuse_coincident(wrapped)
+    if name == "vesin":
+        pairs = _vesin(wrapped, radius)
+    else:
+        pairs = _fairchem(wrapped, radius, version=3 if name == "nvidia" else 2)
+    # the wrapped atom s is s - shift.cell; undo it in the offset of the pair
+    offsets = pairs.offsets - shifts[pairs.senders] + shifts[pairs.receivers]
+    return Pairs(pairs.senders, pairs.receivers, offsets)
+
+
+def _resolve(search: str, device: torch.device) -> str:
+    needed = {"vesin": "vesin", "nvidia": "nvalchemiops"}
+    if search == "auto":
+        on_gpu = device.type == "cuda" and importlib.util.find_spec("nvalchemiops")
+        return "nvidia" if on_gpu else "fairchem"
+    if search in needed and importlib.util.find_spec(needed[search]) is None:
+        raise UserError(f"neighbor_search: {search} needs the package {needed[search]}; install it")
+    return search
+
+
+def _wrap(structures: Structures) -> tuple[Structures, Tensor]:
+    """Move atoms into their cell along periodic axes; also the lattice shifts taken, [N, 3]."""
+    s = structures
+    cell = _nonsingular_cell(s)
+    inverse = torch.linalg.inv(cell)
+    fractional = torch.einsum("ni,nij->nj", s.positions, inverse[s.system_idx])
+    shifts = torch.where(s.pbc[s.system_idx], (fractional + WRAP_MARGIN).floor(), 0.0)
+    wrapped = s.positions - torch.einsum("ni,nij->nj", shifts, cell[s.system_idx])
+    # cell lists want molecules near the origin; a common translation changes no pair
+    center = torch.zeros_like(cell[:, 0]).index_add_(0, s.system_idx, wrapped)
+    center = center / s.natoms[:, None].to(center.dtype)
+    center = torch.where(s.pbc.any(1, keepdim=True), 0.0, center)
+    wrapped = wrapped - center[s.system_idx]
+    return Structures(wrapped, cell, s.pbc, s.natoms, s.system_idx), shifts
+
+
+def _nonsingular_cell(s: Structures) -> Tensor:
+    """The cells, with rows of axes that are not periodic replaced where the cell is singular."""
+    singular = (torch.linalg.det(s.cell).abs() < 1e-6).nonzero()[:, 0].tolist()
+    if not singular:
+        return s.cell
+    cell = s.cell.clone()
+    for index in singular:
+        rows = torch.where(s.pbc[index][:, None], s.cell[index], 0.0).cpu().numpy()
+        cell[index] = torch.from_numpy(complete_cell(rows)).to(cell)
+        if torch.linalg.det(cell[index]).abs() < 1e-6:
+            raise UserError(
+                f"structure {index} of the batch is periodic along an axis whose cell vector "
+                "is zero or parallel to another; set its cell, or pbc to False there"
+            )
+    return cell
+
+
+def _fairchem(s: Structures, radius: float, version: int) -> Pairs:
+    data = _GraphInput(s)
+    graph = generate_graph(
+        data,
+        cutoff=radius,
+        max_neighbors=-1,
+        enforce_max_neighbors_strictly=False,
+        radius_pbc_version=version,
+        pbc=s.pbc,
+    )
+    senders, receivers = graph["edge_index"]
+    return Pairs(senders, receivers, graph["cell_offsets"].to(s.positions.dtype))
+
+
+class _GraphInput(dict):
+    """The few fields that fairchem's graph generation reads, by key and by attribute."""
+
+    def __init__(self, s: Structures) -> None:
+        super().__init__(
+            pos=s.positions, cell=s.cell, pbc=s.pbc, natoms=s.natoms, batch=s.system_idx
+        )
+        self.__dict__ = self
+
+
+def _vesin(s: Structures, radius: float) -> Pairs:
+    import vesin
+
+    parts = []
+    start = 0
+    positions, cells = s.positions.double().numpy(), s.cell.double().numpy()
+    for index, count in enumerate(s.natoms.tolist()):
+        search = vesin.NeighborList(cutoff=radius, full_list=True, n_threads=1)
+        i, j, shifts = search.compute(
+            positions[start : start + count], cells[index], s.pbc[index].numpy(), "ijS"
+        )
+        parts.append(((j + start).astype(int), (i + start).astype(int), shifts))
+        start += count
+    senders, receivers, offsets = (torch.from_numpy(np.concatenate(p)) for p in zip(*parts))
+    return Pairs(senders, receivers, offsets.to(s.positions.dtype))
+
+
+def refuse_overlap(lengths: Tensor, pairs: Pairs) -> None:
+    """Raise a UserError if a pair is closer than `MIN_DISTANCE`."""
+    if len(lengths) and float(lengths.detach().min()) < MIN_DISTANCE:
+        worst = int(lengths.argmin())
+        _coincide(int(pairs.receivers[worst]), int(pairs.senders[worst]), float(lengths[worst]))
+
+
+def _refuse_coincident(wrapped: Structures) -> None:
+    """Neighbour searches drop pairs at distance zero silently, so look for those first."""
+    p = wrapped.positions
+    # equal positions have equal projections on a direction of no symmetry
+    order = torch.argsort(p @ p.new_tensor([0.5257311, 0.7236068, 0.4472136]))
+    order = order[torch.argsort(wrapped.system_idx[order], stable=True)]
+    same = wrapped.system_idx[order[1:]] == wrapped.system_idx[order[:-1]]
+    gap = torch.linalg.vector_norm(p[order[1:]] - p[order[:-1]], dim=-1)
+    hits = (same & (gap < 0.01)).nonzero()[:, 0]
+    if len(hits):
+        first = int(hits[0])
+        _coincide(int(order[first]), int(order[first + 1]), float(gap[first]))
+
+
+def _coincide(i: int, j: int, distance: float) -> None:
+    raise UserError(
+        f"atoms {min(i, j)} and {max(i, j)} of the batch are {distance:.3g} A apart; "
+        "remove one of them, or check that positions are in Angstrom"
+    )
