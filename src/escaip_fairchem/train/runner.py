@@ -6,6 +6,7 @@ from typing import Any
 
 import hydra
 from fairchem.core.components.train import train_runner
+from omegaconf import Container
 
 from escaip_fairchem.errors import UserError
 
@@ -17,11 +18,13 @@ def instantiate(config: Any) -> Any:
     message of a `UserError` would be buried in the middle of the traceback.
 
     Args:
-        config: What `hydra.utils.instantiate` takes; anything else is returned as it is.
+        config: A configuration; anything else is returned as it is.
 
     Raises:
         UserError: When one is the cause of Hydra's exception.
     """
+    if not isinstance(config, Container | dict | list):
+        return config
     try:
         return hydra.utils.instantiate(config)
     except Exception as error:
