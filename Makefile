@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+DATA := $(if $(ESCAIP_DATA),$(ESCAIP_DATA),data)
+DEMO := runs/demo
+
+.PHONY: demo test lint clean
+
+# Data, a training by the fairchem command, its figures, a relaxation from ASE.
+demo: $(STAMP)
+	rm -rf $(DEMO)
+	test -d $(DATA)/oc20/sample || $(BIN)/escaip sample-data oc20
+	$(BIN)/fairchem -c configs/oc20/escaip_2m.yml cluster=cpu backbone=tiny dataset=sample \
+	  epochs=5 max_atoms=160 lr=1e-3 optim.lr_min_factor=0.01 optim.warmup_epochs=0.5 \
+	  job.timestamp_id=$(notdir $(DEMO))
+	$(BIN)/escaip plot $(DEMO)
+	$(BIN)/python examples/relax_slab.py $(DEMO)/checkpoints/final/inference_ckpt.pt
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist
+
+# Installed again only when the dependencies may have changed.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
