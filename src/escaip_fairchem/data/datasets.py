@@ -1,0 +1,115 @@
+"""The ``_target_`` of the recipes' data sets: fairchem's own, with the paths checked first."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fairchem.core.datasets.ase_datasets import AseDBDataset
+from fairchem.core.datasets.mt_concat_dataset import ConcatDataset, create_concat_dataset
+from omegaconf import OmegaConf
+
+from escaip_fairchem.data.store import data_root
+from escaip_fairchem.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DATABASE_SUFFIXES = (".aselmdb", ".db")
+# Of fairchem's ``create_dataset``, those that make sense for one split of one data set.
+OPTIONS = ("first_n", "max_atoms", "metadata_path", "no_shuffle", "sample_n", "seed", "subset_to")
+
+
+class SpawnSafeAseDBDataset(AseDBDataset):
+    """``AseDBDataset`` that can be sent to data-loader workers started by spawn.
+
+    Ranks of a local multi-GPU job are spawned, so their workers are too, and an open LMDB
+    cannot be pickled: the worker opens the files again.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Replace the open databases by their file names."""
+        return {**self.__dict__, "dbs": [str(db.filename) for db in self.dbs]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the databases again."""
+        arguments = state["config"].get("connect_args", {})
+        self.__dict__.update(state)
+        self.dbs = [self.connect_db(name, arguments) for name in state["dbs"]]
+
+
+def create_dataset(
+    name: str, split: str, src: str | Sequence[str], *, stress: bool = False, **options: Any
+) -> ConcatDataset:
+    """Open one split for fairchem's data loader.
+
+    Energy, forces and stress are given under exactly these names, which are the task names of
+    the recipes; stress has shape (1, 9), in eV/A^3. Charge and spin come from ``info``.
+
+    Args:
+        name: fairchem's label of the data set, as in the tasks' ``datasets``.
+        split: Name of the split, such as ``train``.
+        src: Folder or file in ASE-LMDB format, or several. A relative path is looked for in the
+            data root (``$ESCAIP_DATA``), then in the working directory.
+        stress: Whether to load stress.
+        **options: ``first_n``, ``max_atoms``, ``metadata_path``, ``no_shuffle``, ``sample_n``,
+            ``seed`` or ``subset_to`` of fairchem's ``create_dataset``.
+
+    Returns:
+        A data set of one part, ``{name}.{split}``.
+
+    Raises:
+        UserError: If a path holds no data, or an option is unknown.
+    """
+    paths = [
+        str(_find_data(name, split, Path(path)))
+        for path in ([src] if isinstance(src, str) else src)
+    ]
+    _require_known(options)
+    transforms: dict[str, Any] = {"common_transform": {"dataset_name": name}}
+    if stress:
+        transforms["stress_reshape_transform"] = {"dataset_name": name}
+    config = {
+        "splits": {split: {"src": paths}},
+        "format": f"{__name__}.{SpawnSafeAseDBDataset.__name__}",
+        "a2g_args": {
+            "r_energy": True,
+            "r_forces": True,
+            "r_stress": stress,
+            "r_data_keys": ["charge", "spin"],
+        },
+        "key_mapping": {key: key for key in ("energy", "forces", "stress")},
+        "transforms": transforms,
+        **options,
+    }
+    sampling = {"type": "explicit", "ratios": {f"{name}.{split}": 1.0}}
+    return create_concat_dataset(OmegaConf.create({name: config}), {"sampling": sampling})
+
+
+def _find_data(name: str, split: str, path: Path) -> Path:
+    """Resolve ``path`` to a database file or a folder that holds one, or raise."""
+    candidates = [data_root() / path, path]  # the first is ``path`` itself if that is absolute
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+        if candidate.is_dir() and any(f.suffix in DATABASE_SUFFIXES for f in candidate.iterdir()):
+            return candidate
+    looked_for = candidates[0].resolve()
+    state = "holds no .aselmdb file" if looked_for.is_dir() else "does not exist"
+    command = "escaip convert IN OUT"
+    if path.parts[-3:-1] == ("oc20", "sample"):
+        command = "escaip sample-data oc20"
+    raise UserError(
+        f"data set {name}, split {split}: {looked_for} {state}; make it with `{command}` "
+        "(ESCAIP_DATA is the data root, ./data by default)"
+    )
+
+
+def _require_known(options: dict[str, Any]) -> None:
+    """Raise on an unknown option, naming the nearest one."""
+    for key in options:
+        if key not in OPTIONS:
+            near = difflib.get_close_matches(key, (*OPTIONS, "stress"), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(OPTIONS)}, stress"
+            raise UserError(f"unknown data set option {key!r}; {hint}")
