@@ -1,0 +1,22 @@
+"""Plot the learning curves of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw the figures and name their files."""
+    from escaip_fairchem.train.plot import plot_run
+
+    for path in plot_run(args.run_dir):
+        print(path)

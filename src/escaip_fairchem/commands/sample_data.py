@@ -1,0 +1,32 @@
+"""Make a small labelled data set (ASE EMT) of the shape of a public one, in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("name", choices=["oc20"], help="oc20: metal slabs with adsorbates")
+    parser.add_argument(
+        "--frames", type=int, default=240, metavar="N", help="frames in all, train and val (240)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to make ($ESCAIP_DATA/oc20/sample)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the sample and say what was written."""
+    from escaip_fairchem.data.sample import make_oc20_sample
+
+    summary = make_oc20_sample(
+        args.out, n_frames=args.frames, seed=args.seed, overwrite=args.overwrite
+    )
+    print(summary.describe())
