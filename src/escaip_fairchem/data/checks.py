@@ -58,15 +58,44 @@ def check_structure(
         raise UserError("the structure has no atoms; remove it")
     _check_elements(numbers, max_num_elements)
     _check_geometry(positions, cell, pbc)
-    _check_labels(len(numbers), energy, forces)
     _check_distances(numbers, positions, cell, pbc, check_units)
-    if check_units and forces is not None:
-        rms = force_rms(forces)
-        if rms > MAX_FORCE_RMS:
-            raise UserError(
-                f"the force rms is {rms:.4g} eV/A (> {MAX_FORCE_RMS:g}): convert the forces to "
-                f"eV/A (from kcal/mol/A times 0.0433641), or remove the structure; {SKIP_HINT}"
-            )
+    check_labels(len(numbers), energy=energy, forces=forces, check_units=check_units)
+
+
+def check_labels(
+    n_atoms: int,
+    *,
+    energy: float | None = None,
+    forces: np.ndarray | None = None,
+    check_units: bool = True,
+) -> None:
+    """Raise if labels are not finite, not of the structure's size, or in another unit.
+
+    Args:
+        n_atoms: Number of atoms, N.
+        energy: Energy in eV.
+        forces: Forces in eV/A, (N, 3).
+        check_units: Also judge the unit of the forces by their size.
+
+    Raises:
+        UserError: Naming the first defect found, in one line.
+    """
+    if energy is not None and not np.isfinite(energy):
+        raise UserError(f"the energy is {energy}; remove the structure")
+    if forces is None:
+        return
+    forces = np.asarray(forces)
+    if forces.shape != (n_atoms, 3):
+        raise UserError(f"forces have shape {forces.shape}; they must be ({n_atoms}, 3)")
+    if not np.isfinite(forces).all():
+        atom = int(np.flatnonzero(~np.isfinite(forces).all(axis=1))[0])
+        raise UserError(f"the force on atom {atom} is NaN or infinite; remove the structure")
+    rms = force_rms(forces)
+    if check_units and rms > MAX_FORCE_RMS:
+        raise UserError(
+            f"the force rms is {rms:.4g} eV/A (> {MAX_FORCE_RMS:g}): convert the forces to "
+            f"eV/A (from kcal/mol/A times 0.0433641), or remove the structure; {SKIP_HINT}"
+        )
 
 
 def check_force_scale(frame_rms: list[float]) -> None:
@@ -175,20 +204,6 @@ def _check_geometry(positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray) ->
             f"pbc is {_flags(pbc)} but the cell volume is {volume:.3g} A^3: set the three cell "
             "vectors, or pbc to False"
         )
-
-
-def _check_labels(n_atoms: int, energy: float | None, forces: np.ndarray | None) -> None:
-    """Raise on labels that are not finite or not of the structure's size."""
-    if energy is not None and not np.isfinite(energy):
-        raise UserError(f"the energy is {energy}; remove the structure")
-    if forces is None:
-        return
-    forces = np.asarray(forces)
-    if forces.shape != (n_atoms, 3):
-        raise UserError(f"forces have shape {forces.shape}; they must be ({n_atoms}, 3)")
-    if not np.isfinite(forces).all():
-        atom = int(np.flatnonzero(~np.isfinite(forces).all(axis=1))[0])
-        raise UserError(f"the force on atom {atom} is NaN or infinite; remove the structure")
 
 
 def _check_distances(

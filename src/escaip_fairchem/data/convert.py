@@ -235,14 +235,19 @@ def _check_all(
     groups: list[str] = []
     rms: list[float] = []
     for frame in frames:
-        atoms = labelled(frame, keys)
-        results = atoms.calc.results
+        source = frame.atoms
         try:
+            # Before labels are asked for: ASE drops those of a structure with NaN positions.
             checks.check_structure(
-                atoms.numbers,
-                atoms.positions,
-                atoms.cell.array,
-                atoms.pbc,
+                source.numbers,
+                source.positions,
+                source.cell.array,
+                source.pbc,
+                check_units=check_units,
+            )
+            results = labelled(frame, keys).calc.results
+            checks.check_labels(
+                len(source),
                 energy=results["energy"],
                 forces=results["forces"],
                 check_units=check_units,

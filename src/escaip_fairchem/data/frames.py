@@ -188,8 +188,7 @@ def _label(frame: Frame, name: str, key: str | None, values: dict, results: dict
     missing = f"no {name}" if key is None else f"no {name} under {key!r}"
     where = "arrays" if name == "forces" else "info"
     raise UserError(
-        f"{frame.place}: {missing}; name the key that holds it with --{name}-key "
-        f"({_keys_of(frame, where)})"
+        f"{missing}; name the key that holds it with --{name}-key ({_keys_of(frame, where)})"
     )
 
 
@@ -207,7 +206,7 @@ def _as_numbers(frame: Frame, labels: dict[str, Any]) -> dict[str, Any]:
             numbers["stress"] = stress.reshape(6)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{frame.place}: a label is not of the right size ({error}); energy is one number, "
+            f"a label is not of the right size ({error}); energy is one number, "
             "forces are (N, 3), stress has 6 or 9 numbers"
         ) from error
     return numbers
