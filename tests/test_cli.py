@@ -68,6 +68,29 @@ def test_convert_with_a_glob_and_a_split_key(tmp_path, capsys, data_root):
     assert len({atoms.info["sid"] for atoms in stored(tmp_path / "out/val")}) == 1
 
 
+def test_convert_keeps_the_group_file_of_another_set(tmp_path, capsys, data_root):
+    write(tmp_path / "in.traj", labelled_atoms(2))
+    group = data_root / "configs/dataset/mine.yaml"
+    group.parent.mkdir(parents=True)
+    group.write_text("# mine\n")
+    argv = ["convert", str(tmp_path / "in.traj"), str(tmp_path / "mine")]
+    assert "mine.yaml exists; choose another --name or pass --overwrite" in fails(argv, capsys)
+    assert group.read_text() == "# mine\n"
+    assert main([*argv, "--overwrite"]) == 0
+    assert group.read_text() != "# mine\n"
+
+
+def test_elements_of_val_alone_are_named(tmp_path, capsys):
+    frames = labelled_atoms(3, sid=["a", "a", "b"])
+    frames[2].symbols[0] = "Ni"
+    labels = frames[2].calc.results
+    frames[2].calc = SinglePointCalculator(frames[2], **labels)
+    write(tmp_path / "in.traj", frames)
+    argv = ["convert", str(tmp_path / "in.traj"), str(tmp_path / "out"), "--split-by", "sid"]
+    assert main(argv) == 0
+    assert "only val has Ni: train gives" in capsys.readouterr().out
+
+
 def test_convert_mistakes(tmp_path, capsys):
     good, out = tmp_path / "good.traj", tmp_path / "out"
     write(good, labelled_atoms(4, sid=[1, 1, 1, 1]))

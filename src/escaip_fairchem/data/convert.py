@@ -86,6 +86,7 @@ class Summary:
         n_stress: Frames that carry stress.
         references: Element references of the training frames.
         force_rms: Of the free training atoms, eV/A.
+        unseen: Elements of validation that training lacks, by symbol.
     """
 
     folder: Path
@@ -94,18 +95,23 @@ class Summary:
     n_stress: int
     references: References
     force_rms: float
+    unseen: list[str]
 
     def describe(self) -> str:
         """The lines that the commands print."""
         n_frames = self.n_train + self.n_val
-        return "\n".join(
-            [
-                f"{self.folder}: {self.n_train} train and {self.n_val} val frames",
-                f"stress in {self.n_stress} of {n_frames} frames",
-                f"element references: {self.references.describe()}",
-                f"force rms of free training atoms: {self.force_rms:.4g} eV/A",
-            ]
-        )
+        lines = [
+            f"{self.folder}: {self.n_train} train and {self.n_val} val frames",
+            f"stress in {self.n_stress} of {n_frames} frames",
+            f"element references: {self.references.describe()}",
+            f"force rms of free training atoms: {self.force_rms:.4g} eV/A",
+        ]
+        if self.unseen:
+            lines.append(
+                f"only val has {', '.join(self.unseen)}: train gives them no reference energy, so "
+                "val energies are comparable only within one composition"
+            )
+        return "\n".join(lines)
 
 
 def write_dataset(
@@ -132,7 +138,10 @@ def write_dataset(
     Returns:
         What was written.
     """
+    from ase.data import chemical_symbols
+
     fit, scale, n_stress = ReferenceFit(), ForceScale(), 0
+    val_elements: set[str] = set()
     with store.new_folder(out, overwrite) as partial:
         train = store.SplitWriter(partial / "train")
         val = store.SplitWriter(partial / "val")
@@ -141,6 +150,7 @@ def write_dataset(
             n_stress += "stress" in results
             if held_out:
                 val.add(atoms)
+                val_elements.update(atoms.symbols)
                 continue
             train.add(atoms)
             fit.add(atoms.numbers, results["energy"])
@@ -157,7 +167,9 @@ def write_dataset(
             force_rms=scale.rms,
             comment=comment,
         )
-    return Summary(out, len(train), len(val), n_stress, references, scale.rms)
+    known = {chemical_symbols[z] for z in references.elements}
+    unseen = sorted(val_elements - known)
+    return Summary(out, len(train), len(val), n_stress, references, scale.rms, unseen)
 
 
 def free_atoms(atoms: Atoms) -> np.ndarray:
@@ -192,7 +204,7 @@ def convert(
         split: How validation frames are chosen.
         keys: Where labels are when there is no calculator.
         check_units: Judge units by the size of distances and forces.
-        overwrite: Whether an existing ``out`` may be replaced.
+        overwrite: Whether an existing ``out`` and group file may be replaced.
 
     Returns:
         What was written, and the Hydra group file.
@@ -206,8 +218,12 @@ def convert(
     name = name or out.resolve().name
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"name {name!r}: use letters, digits, '.', '_' and '-' only (--name)")
-    if out.exists() and not overwrite:  # said before the work, not after it
-        raise UserError(f"{out} exists; choose another folder or pass --overwrite")
+    group = store.data_root() / "configs" / "dataset" / f"{name}.yaml"
+    if not overwrite:  # said before the work, not after it
+        if out.exists():
+            raise UserError(f"{out} exists; choose another folder or pass --overwrite")
+        if group.exists():
+            raise UserError(f"{group} exists; choose another --name or pass --overwrite")
     paths = expand_inputs(inputs)
 
     frames = tqdm(read_frames(paths), desc="check", unit=" frames", disable=None)
@@ -223,7 +239,6 @@ def convert(
         paths=(str(folder / "train"), str(folder / "val")),
         overwrite=overwrite,
     )
-    group = store.data_root() / "configs" / "dataset" / f"{name}.yaml"
     store.copy_file(out / DATASET_FILE, group)
     return summary, group
 
