@@ -75,7 +75,7 @@ def _draw_learning_curve(rows: list[dict[str, Any]], parity: Parity, path: Path)
                 axes.plot(*zip(*points, strict=True), marker=".", label=column)
         if title in baselines:
             axes.axhline(baselines[title], color="gray", linestyle="--", label="baseline")
-        axes.set(xlabel="step", title=title, yscale="log")
+        axes.set(xlabel="step", title=title, yscale="log" if title == "loss" else "linear")
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return path
