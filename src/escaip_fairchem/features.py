@@ -112,8 +112,10 @@ def bond_orientational_order(
     elif scale == "unit":
         q = q2.clamp(min=1e-6).sqrt()
     else:
-        # the inner where keeps the gradient finite at Q_l = 0, where a root has none
-        q = torch.where(q2 > 0, torch.where(q2 > 0, q2, 1.0).sqrt(), 0.0)
+        # Q_l = 0 is a cusp (odd l of a site with inversion symmetry): gradient 0 there, and
+        # not the arbitrary one that rounding would choose
+        cusp = q2 < 1e-10
+        q = torch.where(cusp, q2.detach().sqrt(), torch.where(cusp, 1.0, q2).sqrt())
     if scale == "component":
         q = q * q.new_tensor(sizes).sqrt()
     return q
