@@ -130,13 +130,13 @@ def _soft_knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGra
     distances = torch.cat([lists.distances.new_zeros(n, 1), lists.distances], dim=1)
     if not config.smooth:
         distances = distances[:, : k + RANK_MARGIN]
-    own = _own_ranks(distances, step, config.rank_scale)[:, 1:]
+    own = _ranks(distances, distances, step, config.rank_scale)[:, 1:]
     near = (distances[:, 1:] <= config.cutoff) & (own < k)
     receivers = near.nonzero()[:, 0]
     edge_of = lists.pair[:, : near.shape[1]][near]
     senders = lists.pairs.senders[edge_of]
     lengths = distances[:, 1:][near]
-    theirs = _ranks(lengths, distances[senders], step, config.rank_scale)
+    theirs = _ranks(lengths[:, None], distances[senders], step, config.rank_scale)[:, 0]
     terms = torch.stack([own[near] / k, theirs / k, lengths / config.cutoff])
     x = config.envelope_scale * torch.logsumexp(terms / config.envelope_scale, dim=0)
 
@@ -196,15 +196,19 @@ def _candidates(
     return _Candidates(pairs, vectors, distances, pair)
 
 
-def _own_ranks(distances: Tensor, step, scale: float, chunk: int = 2048) -> Tensor:
-    """Soft rank of each entry within its own row, [N, C]; in chunks that bound memory."""
-    parts = [_ranks(d, d[:, None, :], step, scale) for d in distances.split(chunk)]
-    return torch.cat(parts)
-
-
 def _ranks(lengths: Tensor, distances: Tensor, step, scale: float) -> Tensor:
-    """How many of `distances` (last axis) lie below each of `lengths`, softly."""
-    return step((lengths[..., None] - distances) / scale).sum(-1)
+    """How many of each row of `distances` [R, C] lie below each of `lengths` [R, M], softly.
+
+    In chunks that bound memory, and on a CPU stay in its cache.
+    """
+    width = distances.shape[1]
+    size = 2**18 if distances.device.type == "cpu" else 2**26
+    chunk = max(1, size // (lengths.shape[1] * width))
+    parts = [
+        step((a[:, :, None] - b[:, None, :]) * (1 / scale)).sum(-1)
+        for a, b in zip(lengths.split(chunk), distances.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _sine_step(x: Tensor) -> Tensor:
