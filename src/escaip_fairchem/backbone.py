@@ -172,9 +172,10 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             raise UserError("a structure of the batch has no atoms; remove it")
         if not bool(torch.isfinite(data["pos"]).all() & torch.isfinite(data["cell"]).all()):
             raise UserError("positions or cell of the batch are not finite (NaN or inf)")
-        if int(numbers.max()) >= limit or int(numbers.min()) < 0:
+        unknown = numbers[(numbers >= limit) | (numbers < 0)]
+        if len(unknown):
             raise UserError(
-                f"atomic number {int(numbers.max())} is outside of the model's range "
+                f"atomic number {int(unknown[0])} is outside of the model's range "
                 f"0..{limit - 1}; set max_num_elements when training"
             )
 

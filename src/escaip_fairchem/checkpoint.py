@@ -8,6 +8,7 @@ matrix, and to the sign of edge directions (ours point from the neighbour to the
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def import_checkpoint(source: str | Path, target: str | Path) -> None:
         raise UserError(f"no checkpoint at {source}")
     if target.exists():
         raise UserError(f"{target} exists; name a file that does not")
+    if not zipfile.is_zipfile(source):
+        raise UserError(f"{source} is no inference checkpoint of fairchem's EScAIP")
     # fairchem's own format: a pickled dataclass, so only for files that the user trusts
     checkpoint = torch.load(source, map_location="cpu", weights_only=False)
     model = getattr(checkpoint, "model_config", None)

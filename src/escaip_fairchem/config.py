@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,12 +195,12 @@ class EScAIPConfig:
         """
         values = _translate(kwargs)
         preset = values.setdefault("preset", cls.preset)
-        _require(preset in PRESETS, f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+        _require(preset in tuple(PRESETS), f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
         for key, default in PRESETS[preset].items():
             if values.get(key) is None:
                 values[key] = default
         if values.get("frequency_list") is not None:
-            values["frequency_list"] = tuple(values["frequency_list"])
+            values["frequency_list"] = _channels(values["frequency_list"])
         config = cls(**values)
         config._validate_values()
         return config._with_frequencies()
@@ -307,6 +308,7 @@ def _translate(kwargs: dict[str, Any]) -> dict[str, Any]:
             _require(value == only, f"{key}: {value!r} is not supported; the only value is {only}")
             continue
         if key == "node_direction_expansion_size":
+            _require(isinstance(value, int), f"{key}: {value!r} is not of type int")
             target, value = "boo_lmax", value - 1
         elif key == "use_angle_embedding":
             target, value = _angular(value)
@@ -320,6 +322,13 @@ def _translate(kwargs: dict[str, Any]) -> dict[str, Any]:
         _require(target not in values, f"{key} and another key both set {target}; keep one")
         values[target] = value
     return values
+
+
+def _channels(value: Any) -> tuple[int, ...]:
+    """`frequency_list` as a tuple; anything but a list of whole numbers is refused."""
+    whole = isinstance(value, Sequence) and all(isinstance(count, int) for count in value)
+    _require(whole, f"frequency_list: {value!r} is not a list of whole numbers")
+    return tuple(value)
 
 
 def _angular(value: Any) -> tuple[str | None, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def calculator(
         fairchem's calculator; energies in eV, forces in eV/A, stress in eV/A^3 (ASE's sign).
 
     Raises:
-        UserError: The file is missing, or `task` is needed or unknown.
+        UserError: The file is missing or no checkpoint, or `task` is needed or unknown.
     """
     import torch
     from fairchem.core import FAIRChemCalculator
@@ -40,6 +41,8 @@ def calculator(
     path = Path(checkpoint)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; a run writes checkpoints/*/inference_ckpt.pt")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is no checkpoint; a run writes checkpoints/*/inference_ckpt.pt")
     settings = InferenceSettings(compile=False, base_precision_dtype=dtype or torch.float32)
     unit = load_predict_unit(
         path,

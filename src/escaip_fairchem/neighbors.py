@@ -68,7 +68,7 @@ def find_pairs(structures: Structures, radius: float, search: str = "auto") -> P
             | ``vesin``. ``auto`` is version 3 on a GPU with nvalchemiops, else version 2.
 
     Returns:
-        The pairs, in no particular order.
+        The pairs, in no particular order; one exactly at the radius may be missing.
 
     Raises:
         UserError: The named search is not installed, or two atoms coincide.
@@ -119,8 +119,9 @@ def _nonsingular_cell(s: Structures) -> Tensor:
     cell = s.cell.clone()
     for index in singular:
         rows = torch.where(s.pbc[index][:, None], s.cell[index], 0.0).cpu().numpy()
+        periodic = int(s.pbc[index].sum())
         cell[index] = torch.from_numpy(complete_cell(rows)).to(cell)
-        if torch.linalg.det(cell[index]).abs() < 1e-6:
+        if np.linalg.matrix_rank(rows) < periodic or torch.linalg.det(cell[index]).abs() < 1e-6:
             raise UserError(
                 f"structure {index} of the batch is periodic along an axis whose cell vector "
                 "is zero or parallel to another; set its cell, or pbc to False there"
