@@ -12,7 +12,7 @@ demo: $(STAMP)
 	rm -rf $(DEMO)
 	test -d $(DATA)/oc20/sample || $(BIN)/escaip sample-data oc20
 	$(BIN)/fairchem -c configs/oc20/escaip_2m.yml cluster=cpu backbone=tiny dataset=sample \
-	  epochs=8 max_atoms=160 lr=1e-3 loss.energy=20 optim.lr_min_factor=0.01 optim.warmup_epochs=0.5 \
+	  epochs=6 max_atoms=160 lr=1e-3 loss.energy=20 optim.lr_min_factor=0.01 optim.warmup_epochs=0.5 \
 	  job.timestamp_id=$(notdir $(DEMO))
 	$(BIN)/escaip plot $(DEMO)
 	$(BIN)/python examples/relax_slab.py $(DEMO)/checkpoints/final/inference_ckpt.pt
