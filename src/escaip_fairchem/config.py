@@ -79,9 +79,21 @@ ALIASES = {
 
 #: Foreign keys that change no number here: padding, batching and kernels are not settings.
 WITHOUT_EFFECT = frozenset(
-    "use_compile use_padding max_atoms max_batch_size batch_size max_num_nodes_per_batch "
-    "knn_pad_size atten_name dataset_list otf_graph use_pbc_single "
-    "angle_expansion_size angle_embedding_size".split()
+    [
+        "use_compile",
+        "use_padding",
+        "max_atoms",
+        "max_batch_size",
+        "batch_size",
+        "max_num_nodes_per_batch",
+        "knn_pad_size",
+        "atten_name",
+        "dataset_list",
+        "otf_graph",
+        "use_pbc_single",
+        "angle_expansion_size",
+        "angle_embedding_size",
+    ]
 )
 
 #: Foreign options of which only the published value exists here.
@@ -227,11 +239,24 @@ class EScAIPConfig:
         for key, allowed in _CHOICES.items():
             value = getattr(self, key)
             _require(value in allowed, f"{key}: {value!r} is not one of {', '.join(allowed)}")
-        positive = (
-            "hidden_size num_layers num_heads cutoff max_neighbors rank_scale envelope_scale "
-            "max_num_elements species_dim boo_dim rbf_dim rbf_width ffn_multiplier "
-            "readout_multiplier output_multiplier energy_head_gain"
-        ).split()
+        positive = [
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "cutoff",
+            "max_neighbors",
+            "rank_scale",
+            "envelope_scale",
+            "max_num_elements",
+            "species_dim",
+            "boo_dim",
+            "rbf_dim",
+            "rbf_width",
+            "ffn_multiplier",
+            "readout_multiplier",
+            "output_multiplier",
+            "energy_head_gain",
+        ]
         for key in positive:
             _require(getattr(self, key) > 0, f"{key}: {getattr(self, key)!r} must be positive")
         for field in dataclasses.fields(self):
@@ -261,8 +286,8 @@ class EScAIPConfig:
             "direct_stress: true needs direct_forces: true; use ConservativeHead's stress",
         )
         _require(
-            not (self.direct_stress and self.regress_stress),
-            "set either direct_stress (DirectStressHead) or regress_stress (ConservativeHead)",
+            not (self.regress_stress and self.direct_forces),
+            "regress_stress: true needs direct_forces: false; a direct model has direct_stress",
         )
 
     def _with_frequencies(self) -> EScAIPConfig:
@@ -300,28 +325,31 @@ def _translate(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Our key for each given key; refuses unknown keys and options that do not exist here."""
     own = {field.name for field in dataclasses.fields(EScAIPConfig)}
     values: dict[str, Any] = {}
-    for key, value in kwargs.items():
-        if key in WITHOUT_EFFECT:
-            continue
+    for key, given in kwargs.items():
         if key in ONLY_VALUE:
             only = ONLY_VALUE[key]
-            _require(value == only, f"{key}: {value!r} is not supported; the only value is {only}")
+            _require(given == only, f"{key}: {given!r} is not supported; the only value is {only}")
+        if key in ONLY_VALUE or key in WITHOUT_EFFECT:
             continue
-        if key == "node_direction_expansion_size":
-            _require(isinstance(value, int), f"{key}: {value!r} is not of type int")
-            target, value = "boo_lmax", value - 1
-        elif key == "use_angle_embedding":
-            target, value = _angular(value)
-        elif key == "use_frequency_embedding":
-            target, value = "angular", "legendre" if value else "none"
-        else:
-            target = ALIASES.get(key, key)
+        target, value = _own(key, given)
         if target is None:
             continue
         _require(target in own, _unknown_key(key, own))
         _require(target not in values, f"{key} and another key both set {target}; keep one")
         values[target] = value
     return values
+
+
+def _own(key: str, value: Any) -> tuple[str | None, Any]:
+    """Our name and value of one foreign setting; no name if it says nothing here."""
+    if key == "node_direction_expansion_size":
+        _require(isinstance(value, int), f"{key}: {value!r} is not of type int")
+        return "boo_lmax", value - 1
+    if key == "use_angle_embedding":
+        return _angular(value)
+    if key == "use_frequency_embedding":
+        return "angular", "legendre" if value else "none"
+    return ALIASES.get(key, key), value
 
 
 def _channels(value: Any) -> tuple[int, ...]:

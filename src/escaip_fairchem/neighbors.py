@@ -18,7 +18,6 @@ from torch import Tensor
 
 from escaip_fairchem.errors import UserError
 
-
 #: Atoms closer than this cannot be meant, Angstrom.
 MIN_DISTANCE = 0.1
 
@@ -71,7 +70,7 @@ def find_pairs(structures: Structures, radius: float, search: str = "auto") -> P
         The pairs, in no particular order; one exactly at the radius may be missing.
 
     Raises:
-        UserError: The named search is not installed, or two atoms coincide.
+        UserError: The named search is not installed or too small, or two atoms coincide.
     """
     name = _resolve(search, structures.positions.device)
     wrapped, shifts = _wrap(structures)
@@ -130,17 +129,32 @@ def _nonsingular_cell(s: Structures) -> Tensor:
 
 
 def _fairchem(s: Structures, radius: float, version: int) -> Pairs:
-    data = _GraphInput(s)
+    # version 3 collects into a table of this width, and stops without a word when it is full
+    width = _table_width(radius) if version == 3 else None
     graph = generate_graph(
-        data,
+        _GraphInput(s),
         cutoff=radius,
-        max_neighbors=-1,
+        max_neighbors=width or -1,
         enforce_max_neighbors_strictly=False,
         radius_pbc_version=version,
         pbc=s.pbc,
     )
-    senders, receivers = graph["edge_index"]
+    senders, receivers = graph["edge_index"].long()
+    if width is not None:
+        counts = torch.bincount(receivers, minlength=len(s.positions))
+        if int(counts.max()) >= width:
+            atom = int(counts.argmax())
+            raise UserError(
+                f"atom {atom} of the batch has {width} or more neighbours within {radius:.2f} A, "
+                "more than neighbor_search: nvidia can hold; use neighbor_search: fairchem"
+            )
     return Pairs(senders, receivers, graph["cell_offsets"].to(s.positions.dtype))
+
+
+def _table_width(radius: float) -> int:
+    from nvalchemiops.torch.neighbors.neighbor_utils import estimate_max_neighbors
+
+    return estimate_max_neighbors(cutoff=radius, safety_factor=2.0)
 
 
 class _GraphInput(dict):
@@ -158,15 +172,19 @@ def _vesin(s: Structures, radius: float) -> Pairs:
 
     parts = []
     start = 0
-    positions, cells = s.positions.double().numpy(), s.cell.double().numpy()
+    positions, cells = s.positions.double().cpu().numpy(), s.cell.double().cpu().numpy()
+    pbc = s.pbc.cpu().numpy()
     for index, count in enumerate(s.natoms.tolist()):
         search = vesin.NeighborList(cutoff=radius, full_list=True, n_threads=1)
         i, j, shifts = search.compute(
-            positions[start : start + count], cells[index], s.pbc[index].numpy(), "ijS"
+            positions[start : start + count], cells[index], pbc[index], "ijS"
         )
         parts.append(((j + start).astype(int), (i + start).astype(int), shifts))
         start += count
-    senders, receivers, offsets = (torch.from_numpy(np.concatenate(p)) for p in zip(*parts))
+    senders, receivers, offsets = (
+        torch.from_numpy(np.concatenate(p)).to(s.positions.device)
+        for p in zip(*parts, strict=True)
+    )
     return Pairs(senders, receivers, offsets.to(s.positions.dtype))
 
 
