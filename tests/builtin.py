@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, fcc211, molecule
 from ase.io import read
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
@@ -14,6 +13,11 @@ from fairchem.core.models.base import HydraModel
 
 from escaip_fairchem import EScAIP
 from escaip_fairchem.checkpoint import convert_state_dict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ase import Atoms
 
 BUILTIN = "fairchem.core.models.escaip.EScAIP."
 

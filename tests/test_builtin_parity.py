@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ase.build import fcc111, molecule
+
 from builtin import (
     batch_of,
     builtin_config,
@@ -13,7 +14,6 @@ from builtin import (
     outputs,
     periodic_structures,
 )
-
 from escaip_fairchem.checkpoint import convert_state_dict
 
 KINDS = {
@@ -78,15 +78,13 @@ def test_same_gradient_of_every_weight(kind, test_data):
                 torch.manual_seed(1)
                 loss = loss + (value * torch.randn_like(value)).sum()
             loss.backward()
-            gradients.append(
-                {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
-            )
+            gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
         theirs = convert_state_dict(gradients[0], conservative=kind == "conservative")
         ours = gradients[1]
         assert ours.keys() == dict(own.named_parameters()).keys()
         assert theirs.keys() == ours.keys()
-        for key, gradient in theirs.items():
-            mine = ours[key]
+        for key in theirs:
+            mine, gradient = ours[key], theirs[key]
             if key.endswith("qkv.bias"):
                 # a key bias shifts all logits of a query alike: its gradient is rounding
                 mine, gradient = (torch.cat([g[:128], g[256:]]) for g in (mine, gradient))

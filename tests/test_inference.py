@@ -7,11 +7,11 @@ import pytest
 import torch
 from ase.build import add_adsorbate, fcc111, molecule
 from ase.optimize import BFGS
-from builtin import batch_of, builtin_config, model_pair
 from fairchem.core import FAIRChemCalculator
 from fairchem.core.units.mlip_unit import load_predict_unit
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 
+from builtin import batch_of, builtin_config, model_pair
 from escaip_fairchem import UserError, calculator
 from escaip_fairchem.checkpoint import import_checkpoint
 
@@ -159,7 +159,8 @@ def test_float64(checkpoint):
         atoms = slab()
         atoms.calc = calculator(checkpoint, device="cpu", dtype=dtype)
         energies[dtype] = atoms.get_potential_energy()
-        assert atoms.calc.predictor.model.module.backbone.blocks[0].attention.out.weight.dtype == dtype
+        backbone = atoms.calc.predictor.model.module.backbone
+        assert {p.dtype for p in backbone.parameters()} == {dtype}
     difference = abs(energies[torch.float32] - energies[torch.float64])
     assert 0 < difference < 1e-4 * abs(energies[torch.float64])
 

@@ -22,7 +22,7 @@ _PUBLIC = {
     "UserError": "errors",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 (they are strings)
 
 
 def __getattr__(name: str):

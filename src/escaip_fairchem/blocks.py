@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.kernels import AttentionGeometry, neighbor_attention
 from escaip_fairchem.layers import ACTIVATIONS, ConcatLinear, FeedForward, StochasticDepth
+
+if TYPE_CHECKING:
+    from escaip_fairchem.config import EScAIPConfig
 
 
 @dataclass

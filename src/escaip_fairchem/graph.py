@@ -6,12 +6,15 @@ Shapes: N atoms, P candidate pairs, C candidates per atom, E edges (packed slots
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.neighbors import Pairs, Structures, find_pairs, refuse_overlap
+
+if TYPE_CHECKING:
+    from escaip_fairchem.config import EScAIPConfig
 
 #: soft_knn, published form: ranks count the nearest max_neighbors + 20 atoms only.
 RANK_MARGIN = 20

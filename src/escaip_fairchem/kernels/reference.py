@@ -86,7 +86,9 @@ def neighbor_attention(
     where (l) is the l-th segment of channels; without segments P_0 = 1 on all channels.
 
     Args:
-        q: Queries, [E, A, D]; `k` keys and `v` values likewise.
+        q: Queries, [E, A, D].
+        k: Keys, [E, A, D].
+        v: Values, [E, A, D].
         geometry: See `AttentionGeometry`.
         scale: Factor of the dot products.
         frequencies: Channels of each l, summing to D; empty for plain dot products.
