@@ -11,16 +11,18 @@ from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.neighborlist import neighbor_list
 
+from escaip_fairchem import UserError
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.graph import NeighborGraph, build_graph
 from escaip_fairchem.neighbors import Pairs, Structures, find_pairs
 from helpers import gas, one_atom, slab, triclinic
 
 
-@pytest.fixture(params=["fairchem", "vesin"])
+@pytest.fixture(params=["fairchem", "nvidia", "vesin"])
 def search(request) -> str:
-    if request.param == "vesin":
-        pytest.importorskip("vesin", reason="neighbor_search: vesin needs vesin")
+    package = {"nvidia": "nvalchemiops", "vesin": "vesin"}.get(request.param)
+    if package:
+        pytest.importorskip(package, reason=f"neighbor_search: {request.param} needs {package}")
     return request.param
 
 
@@ -237,3 +239,11 @@ def test_strict_neighbours_do_not_depend_on_the_first_search_radius():
             lengths = np.sort(np.linalg.norm(vectors[receivers == index], axis=1))[:20]
             got = np.sort(graph.lengths[graph.receivers == index].numpy())
             assert got == pytest.approx(lengths, abs=1e-12)
+
+
+def test_a_full_neighbour_table_is_an_error():
+    """Version 3 of fairchem's search stops filling its table without a word."""
+    pytest.importorskip("nvalchemiops")
+    squeezed = as_structures(bulk("Cu", a=1.2) * (4, 4, 4))
+    with pytest.raises(UserError, match=r"atom \d+ of the batch has 368 or more neighbours"):
+        find_pairs(squeezed, 6.0, "nvidia")

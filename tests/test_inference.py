@@ -165,6 +165,19 @@ def test_float64(checkpoint):
     assert 0 < difference < 1e-4 * abs(energies[torch.float64])
 
 
+def test_checkpoint_with_short_names_loads(tmp_path, checkpoint):
+    stored = torch.load(checkpoint, weights_only=False)
+    stored.model_config["backbone"]["model"] = "escaip"
+    stored.model_config["heads"]["energy"]["module"] = "escaip_energy"
+    stored.model_config["heads"]["forces"]["module"] = "escaip_direct_forces"
+    torch.save(stored, tmp_path / "short.pt")
+    energies = [
+        load_predict_unit(path, device="cpu").predict(batch_of([slab()]))["energy"]
+        for path in (checkpoint, tmp_path / "short.pt")
+    ]
+    torch.testing.assert_close(*energies, rtol=0, atol=0)
+
+
 def test_default_settings_do_not_compile(checkpoint):
     unit = load_predict_unit(checkpoint, device="cpu")
     assert unit.inference_settings.compile is False

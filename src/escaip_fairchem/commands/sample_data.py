@@ -25,8 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the sample and say what was written."""
     from escaip_fairchem.data.sample import make_oc20_sample
+    from escaip_fairchem.data.store import data_root
 
     summary = make_oc20_sample(
         args.out, n_frames=args.frames, seed=args.seed, overwrite=args.overwrite
     )
+    # Hydra warns about a search path that does not exist, and recipes name this one
+    (data_root() / "configs").mkdir(parents=True, exist_ok=True)
     print(summary.describe())
