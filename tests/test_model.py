@@ -1,0 +1,143 @@
+"""What training relies on: weight-decay groups, gradients, the published sizes, the stress head."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
+from torch import nn
+
+from escaip_fairchem import EScAIP
+from helpers import SMALL, gas, make_batch, slab, triclinic
+
+PAPER, V2, SMOOTH = {"preset": "paper"}, {"preset": "v2"}, {"preset": "v2", "smooth": True}
+FORCES = {"energy": "EnergyHead", "forces": "DirectForceHead"}
+STRESS = {**FORCES, "stress": "DirectStressHead"}
+CONSERVATIVE = {"efs": "ConservativeHead"}
+WITH_STRESS = {"direct_stress": True}
+GRADIENT = {"direct_forces": False, "regress_stress": True}
+
+#: Backbone, heads.
+MODELS = {
+    f"{name}-{kind}": (preset | keys, heads)
+    for name, preset in {"paper": PAPER, "v2": V2, "v2-smooth": SMOOTH}.items()
+    for kind, keys, heads in [
+        ("forces", {}, FORCES),
+        ("stress", WITH_STRESS, STRESS),
+        ("conservative", GRADIENT, CONSERVATIVE),
+    ]
+}
+all_models = pytest.mark.parametrize("backbone, heads", MODELS.values(), ids=MODELS)
+
+
+def build(backbone: dict, heads: dict[str, str]) -> EScAIP:
+    """A model in double precision with the initial weights of a training."""
+    torch.manual_seed(0)
+    return EScAIP(
+        backbone={"model": "escaip_fairchem.EScAIPBackbone", **backbone},
+        heads={name: {"module": f"escaip_fairchem.{head}"} for name, head in heads.items()},
+    ).double()
+
+
+@all_models
+def test_weight_decay_groups(backbone, heads):
+    """Decayed are the matrices of linear layers and nothing else, by fairchem's own grouping."""
+    model = build(SMALL | backbone, heads)
+    optimizer = _get_optimizer_wd(partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1), model)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0, 0.1]
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(groups[0] + groups[1]) == sorted(names)
+
+    tables_and_norms = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.RMSNorm)
+        for name, _ in module.named_parameters()
+    }
+    others = {n for n in names.values() if n.rpartition(".")[2] in ("bias", "cosine_scale")}
+    assert tables_and_norms
+    assert any(n.endswith("cosine_scale") for n in others) == (backbone["preset"] == "paper")
+    assert {names[i] for i in groups[0]} == tables_and_norms | others
+    assert {names[i] for i in groups[1]} == {
+        f"{prefix}.weight"
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.dim() == 2
+    }
+
+
+@all_models
+def test_every_parameter_learns(backbone, heads):
+    """An unused one would stop distributed training, which waits for every gradient."""
+    model = build(SMALL | backbone, heads).train()
+    outputs = model(make_batch(slab(), triclinic()))
+    assert set(outputs) == ({"energy", "forces", "stress"} if heads != FORCES else set(FORCES))
+    losses = [(output[key] - 1.0).square().mean() for key, output in outputs.items()]
+    torch.stack(losses).sum().backward()
+    idle = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None
+        or not parameter.grad.isfinite().all()
+        or not parameter.grad.abs().max() > 0
+    ]
+    assert idle == []
+
+
+def size(width: int, layers: int, heads: int) -> dict[str, int]:
+    return {"hidden_size": width, "num_layers": layers, "num_heads": heads}
+
+
+#: Backbone, heads, millions of parameters of the published configuration.
+PUBLISHED = {
+    "paper-small": (PAPER | size(512, 10, 8), FORCES, 83.3),
+    "paper-medium": (PAPER | size(768, 8, 12), FORCES, 146.2),
+    "paper-large": (PAPER | size(1024, 10, 16), FORCES, 311.8),
+    "v2-small": (V2 | size(512, 10, 8), FORCES, 88.6),
+    "v2-small-gradient": (V2 | size(512, 10, 8) | GRADIENT, CONSERVATIVE, 71.0),
+    "v2-h1024l8": (V2 | size(1024, 8, 16), FORCES, 271.6),
+    "v2-h640l6": (V2 | size(640, 6, 10), FORCES, 85.2),
+}
+
+
+@pytest.mark.parametrize("backbone, heads, millions", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_sizes(backbone, heads, millions):
+    with torch.device("meta"):  # shapes only: the largest would take 2.5 GB
+        model = build(backbone, heads)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("preset", [PAPER, V2, SMOOTH], ids=["paper", "v2", "v2-smooth"])
+def test_direct_stress(preset):
+    """Symmetric; its parts are a multiple of the identity and traceless.
+
+    It does not turn along with the structure: the head is not linear in the components.
+    """
+    model = build(SMALL | preset | WITH_STRESS, STRESS).eval()
+    head = model.output_heads["stress"]
+
+    def stress(*structures) -> torch.Tensor:
+        with torch.no_grad():
+            return model(make_batch(*structures))["stress"]["stress"].view(-1, 3, 3)
+
+    structures = [slab(), triclinic(), gas()]
+    whole = stress(*structures)
+    assert len(whole) == len(structures)
+    torch.testing.assert_close(whole, whole.mT, rtol=0, atol=1e-14)
+
+    isotropic_weight = head.isotropic.final.weight.data.clone()
+    head.isotropic.final.weight.data.zero_()
+    anisotropic = stress(*structures)
+    traces = anisotropic.diagonal(dim1=1, dim2=2).sum(1)
+    assert traces.abs().max() < 1e-12 * anisotropic.abs().max()
+
+    head.isotropic.final.weight.data.copy_(isotropic_weight)
+    head.anisotropic.final.weight.data.zero_()
+    isotropic = stress(*structures)
+    pressure = isotropic[:, 0, 0]
+    assert pressure.abs().min() > 1e-6
+    torch.testing.assert_close(isotropic, pressure[:, None, None] * torch.eye(3).double())
+    torch.testing.assert_close(isotropic + anisotropic, whole)
