@@ -17,6 +17,9 @@ from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
 from helpers import SMALL, gas, make_batch, slab, small_model
 
+REGRESSED_STRESS = (
+    "regress_stress: true needs direct_forces: false; a direct model has direct_stress"
+)
 CONFIGS = {
     "misspelt": (
         {"hidden_sise": 64},
@@ -74,10 +77,8 @@ CONFIGS = {
         {"preset": "paper", "norm": "layernorm"},
         "norm: layernorm is not available in preset paper; use rmsnorm or skip",
     ),
-    "two-stresses": (
-        {"direct_stress": True, "regress_stress": True},
-        "set either direct_stress (DirectStressHead) or regress_stress (ConservativeHead)",
-    ),
+    "two-stresses": ({"direct_stress": True, "regress_stress": True}, REGRESSED_STRESS),
+    "regressed-stress-of-a-direct-model": ({"regress_stress": True}, REGRESSED_STRESS),
     "stress-without-direct-forces": (
         {"direct_stress": True, "direct_forces": False},
         "direct_stress: true needs direct_forces: true; use ConservativeHead's stress",

@@ -183,15 +183,7 @@ def test_default_settings_do_not_compile(checkpoint):
     assert unit.inference_settings.compile is False
 
 
-def test_import_refuses_what_it_cannot_represent(tmp_path, checkpoint):
-    with pytest.raises(UserError, match=r"exists; name a file"):
-        import_checkpoint(checkpoint, checkpoint)
-    with pytest.raises(UserError, match="no checkpoint at"):
-        import_checkpoint(tmp_path / "absent.pt", tmp_path / "new.pt")
-    other = tmp_path / "other.pt"
-    torch.save({"a": 1}, other)
-    with pytest.raises(UserError, match="no inference checkpoint of fairchem's EScAIP"):
-        import_checkpoint(other, tmp_path / "new.pt")
+def test_import_refuses_what_it_cannot_represent(tmp_path):
     source = tmp_path / "gate.pt"
     builtin_checkpoint(source, direct=True)
     changed = torch.load(source, weights_only=False)
