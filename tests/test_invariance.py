@@ -171,8 +171,8 @@ def test_direct_forces_are_equivariant_with_scalar_weights_only(preset):
         got, expected = (predict(direct, *s)["forces"] for s in (turned, structures()))
         errors[weights] = relative_error(got, expected @ rotation.T)
     assert errors["scalar"] < 1e-9
-    # an untrained random model: as large as the forces themselves
-    assert errors["vector"] > 1e-3
+    # random weights: as large as the forces themselves
+    assert errors["vector"] > 0.3
 
 
 def test_tied_neighbours_make_preset_paper_depend_on_the_order():
