@@ -14,8 +14,8 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
+from data_helpers import labelled_atoms, stored
 from escaip_fairchem.cli import main
-from test_data import labelled_atoms, stored
 
 
 @pytest.fixture(autouse=True)
