@@ -170,6 +170,15 @@ def test_a_fault_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_failed_replacement_puts_the_old_folder_back(tmp_path):
+    target = tmp_path / "set"
+    make_folder(target, "first")
+    with pytest.raises(FileNotFoundError), store.new_folder(target, overwrite=True) as partial:
+        partial.rmdir()  # so that renaming it fails
+    assert [path.name for path in target.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_bad_last_frame_leaves_nothing(tmp_path):
     frames = labelled_atoms(5)
     frames[4].positions[1] = np.nan

@@ -85,7 +85,9 @@ class SplitWriter:
 def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes ``target`` when the block ends without an error.
 
-    After an error, or a kill at any moment, ``target`` is what it was before.
+    After an error, or a kill while the block runs, ``target`` is what it was before. Replacing an
+    existing one takes two renames; a kill between them leaves it as ``old`` in the hidden
+    ``.NAME.partial-*`` folder beside ``target``.
 
     Args:
         target: The folder to make.
@@ -105,9 +107,15 @@ def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         partial = scratch / "new"
         partial.mkdir()
         yield partial
-        if target.exists():
+        replaces = target.exists()
+        if replaces:
             os.replace(target, scratch / "old")
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except BaseException:
+            if replaces:
+                os.replace(scratch / "old", target)
+            raise
     finally:
         shutil.rmtree(scratch)
 
