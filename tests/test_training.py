@@ -25,6 +25,10 @@ RECIPE = Path(__file__).parents[1] / "configs" / "oc20" / "escaip_2m.yml"
 SMALL = ["cluster=cpu", "backbone=tiny", "dataset=sample"]
 # `tiny` has no dropout: random states are not part of fairchem's checkpoints.
 STEPS, CHECKPOINT = 30, 20
+COMMAND = (
+    "recipe.yml", *SMALL, f"steps={STEPS}", "epochs=null", "lr=1e-3", "max_atoms=120",
+    f"checkpoint_every_n_steps={CHECKPOINT}", "job.timestamp_id=one",
+)  # fmt: skip
 
 
 def fairchem(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -60,10 +64,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(workplace: Path) -> tuple[Path, str]:
     """Folder and output of a finished run; its `final` is kept as `undisturbed`."""
-    done = fairchem(
-        workplace, "recipe.yml", *SMALL, f"steps={STEPS}", "epochs=null", "lr=1e-3",
-        "max_atoms=120", f"checkpoint_every_n_steps={CHECKPOINT}", "job.timestamp_id=one",
-    )  # fmt: skip
+    done = fairchem(workplace, *COMMAND)
     assert done.returncode == 0, done.stderr[-3000:]
     run = workplace / "runs" / "one"
     shutil.copytree(run / "checkpoints" / "final", run / "undisturbed")
@@ -148,17 +149,37 @@ def test_plot_of_something_else(tmp_path: Path) -> None:
         plot_run(tmp_path)
 
 
-def test_resumed_run_ends_at_the_same_weights(trained: tuple[Path, str], workplace: Path) -> None:
+@pytest.mark.parametrize("by", ["same command", "resume.yaml"])
+def test_resumed_run_ends_at_the_same_weights(
+    by: str, trained: tuple[Path, str], workplace: Path
+) -> None:
     run, _ = trained
     shutil.rmtree(run / "checkpoints" / "final")
-    done = fairchem(workplace, run / "checkpoints" / f"step_{CHECKPOINT}" / "resume.yaml")
+    checkpoint = run / "checkpoints" / f"step_{CHECKPOINT}"
+    done = fairchem(workplace, *(COMMAND if by == "same command" else [checkpoint / by]))
     assert done.returncode == 0, done.stderr[-3000:]
+    # from the checkpoint, not from the start
+    assert str(checkpoint) in done.stdout + done.stderr
     resumed, undisturbed = weights(run / "checkpoints" / "final"), weights(run / "undisturbed")
     assert resumed.keys() == undisturbed.keys()
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
     steps = [row["step"] for row in read_metrics(run / "metrics.csv") if "train_loss" in row]
     assert steps == sorted(set(steps))
     assert steps[-1] == STEPS
+
+
+def test_two_processes(workplace: Path) -> None:
+    """On CPUs (gloo): every parameter gets its gradient, and both processes end."""
+    done = fairchem(
+        workplace, "recipe.yml", *SMALL, "job.scheduler.ranks_per_node=2", "steps=4",
+        "epochs=null", "max_atoms=120", "job.timestamp_id=two",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = workplace / "runs" / "two"
+    final = weights(run / "checkpoints" / "final")
+    assert all(tensor.isfinite().all() for tensor in final.values())
+    last = [row for row in read_metrics(run / "metrics.csv") if "val_loss" in row][-1]
+    assert last["step"] == 4
 
 
 def test_absent_data_is_the_last_line(workplace: Path) -> None:
