@@ -17,7 +17,7 @@ from escaip_fairchem.features import bond_orientational_order, gaussian_basis
 from escaip_fairchem.graph import NeighborGraph, build_graph
 from escaip_fairchem.kernels import AttentionGeometry
 from escaip_fairchem.layers import names_without_decay, norm_factory
-from escaip_fairchem.neighbors import Structures
+from escaip_fairchem.neighbors import Structures, times_matrix
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -78,9 +78,11 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         data["atomic_numbers"] = data["atomic_numbers"].long()
         data["atomic_numbers_full"], data["batch_full"] = data["atomic_numbers"], data["batch"]
         self._refuse_bad_input(data)
-        structures, leaves = self._strained(data)
-        graph = build_graph(structures, self.config)
-        inputs = self._features(graph, data["atomic_numbers"], structures.system_idx)
+        # geometry in bf16 would be wrong by tenths of an Angstrom, so autocast stops here
+        with torch.autocast(data["pos"].device.type, enabled=False):
+            structures, leaves = self._strained(data)
+            graph = build_graph(structures, self.config)
+            inputs = self._features(graph, data["atomic_numbers"], structures.system_idx)
         node_features, edge_features = self._encode(inputs)
         return {
             "node_features": node_features,
@@ -107,8 +109,8 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
                 displacement = torch.zeros_like(cell, requires_grad=True)
                 symmetric = 0.5 * (displacement + displacement.transpose(1, 2))
                 per_atom = symmetric[data["batch"]]
-                positions = positions + torch.einsum("ni,nij->nj", positions, per_atom)
-                cell = cell + cell @ symmetric
+                positions = positions + times_matrix(positions, per_atom)
+                cell = cell + (cell[..., None] * symmetric[:, None]).sum(2)
         structures = Structures(positions, cell, pbc, data["natoms"], data["batch"])
         return structures, {"positions": leaf, "displacement": displacement}
 
@@ -124,6 +126,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             scale=config.boo_scale,
             smooth=config.smooth,
         )
+        rbf = gaussian_basis(graph.lengths, config.cutoff, config.rbf_size, config.rbf_width)
         attention = AttentionGeometry.build(
             graph.directions,
             graph.log_envelope,
@@ -135,7 +138,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         return BlockInputs(
             species=species,
             boo=boo,
-            rbf=gaussian_basis(graph.lengths, config.cutoff, config.rbf_size, config.rbf_width),
+            rbf=rbf * graph.exists[:, None],
             senders=graph.senders,
             receivers=graph.receivers,
             starts=graph.starts,

@@ -112,7 +112,12 @@ def import_checkpoint(source: str | Path, target: str | Path) -> None:
         raise UserError(f"{source} is no inference checkpoint of fairchem's EScAIP")
     model = _plain(model)
     checkpoint.model_config = _model_config(model)
-    conservative = not model["backbone"]["direct_forces"]
+    conservative = not checkpoint.model_config["backbone"]["direct_forces"]
+    if (
+        checkpoint.ema_state_dict is None
+    ):  # trained with ema_decay: null, which fairchem cannot load
+        weights = {f"module.{k}": v for k, v in checkpoint.model_state_dict.items()}
+        checkpoint.ema_state_dict = {"n_averaged": torch.tensor(1)} | weights
     for name in ("model_state_dict", "ema_state_dict"):
         weights = getattr(checkpoint, name)
         setattr(checkpoint, name, _converted(weights, conservative=conservative))
@@ -202,6 +207,8 @@ def _head_config(head: dict[str, Any]) -> dict[str, Any]:
     """Our head for a built-in one, bare or in fairchem's per-dataset wrapper."""
     if head["module"].endswith("DatasetSpecificSingleHeadWrapper"):
         inner = _head_class(head["head_cls"])
+        if not inner.endswith("ConservativeHead"):
+            raise UserError(f"head {head['head_cls']!r} in a per-dataset wrapper is not supported")
         return {"module": inner, "prefix": list(head["dataset_names"])}
     module = {"module": _head_class(head["module"])}
     return module | ({"prefix": head["prefix"]} if head.get("prefix") else {})

@@ -15,7 +15,7 @@ def gaussian_basis(lengths: Tensor, cutoff: float, size: int, width: float) -> T
     """Gaussians of a distance, evenly spaced on [0, cutoff].
 
     Args:
-        lengths: Distances in Angstrom, [E]. An infinite distance gives zeros.
+        lengths: Distances in Angstrom, [E].
         cutoff: Centre of the last Gaussian, Angstrom.
         size: Number of Gaussians.
         width: Standard deviation in units of the spacing (2.0 as published).

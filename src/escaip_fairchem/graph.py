@@ -22,8 +22,9 @@ RANK_MARGIN = 20
 #: Beyond every candidate; finite, because inf - inf would poison gradients.
 FAR = 1.0e4
 
-#: Length of an edge that stands for "no neighbour": every Gaussian of it is zero.
-NOWHERE = torch.inf
+#: Candidates are searched this much further, Angstrom, and cut by their exact lengths: the
+#: search may run in reduced precision (TF32, autocast) during training.
+SEARCH_MARGIN = 0.05
 
 
 @dataclass
@@ -36,6 +37,7 @@ class NeighborGraph:
         lengths: Distances, Angstrom, [E].
         directions: Unit vectors from the neighbour to the atom; zero for a self edge, [E, 3].
         log_envelope: Logarithm of the edge's weight, 0 for a hard cut, [E].
+        exists: 1.0, or 0.0 for an edge that stands for "no neighbour", [E].
         counts: Edges of each atom, [N].
         num_slots: Size K of the largest neighbourhood.
     """
@@ -45,6 +47,7 @@ class NeighborGraph:
     lengths: Tensor
     directions: Tensor
     log_envelope: Tensor
+    exists: Tensor
     counts: Tensor
     num_slots: int
 
@@ -57,11 +60,6 @@ class NeighborGraph:
     def envelope(self) -> Tensor:
         """Weight of each edge, 1 for a self edge or a hard cut, [E]."""
         return self.log_envelope.exp()
-
-    @property
-    def exists(self) -> Tensor:
-        """1.0, or 0.0 for an edge that stands for "no neighbour", [E]."""
-        return torch.isfinite(self.lengths).to(self.lengths.dtype)
 
     @property
     def slots(self) -> Tensor:
@@ -110,7 +108,7 @@ def _knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
         senders=torch.cat([lists.pairs.senders[edge_of], lonely]),
         receivers=torch.cat([receivers, lonely]),
         vectors=torch.cat([lists.vectors[edge_of], lists.vectors.new_zeros(len(lonely), 3)]),
-        self_length=NOWHERE,
+        self_exists=False,
         log_envelope=lists.vectors.new_zeros(len(receivers) + len(lonely)),
         num_atoms=len(structures.positions),
     )
@@ -150,7 +148,7 @@ def _soft_knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGra
         senders=torch.cat([atoms, senders[inside]]),
         receivers=torch.cat([atoms, receivers[inside]]),
         vectors=torch.cat([lengths.new_zeros(n, 3), lists.vectors[edge_of[inside]]]),
-        self_length=0.0,
+        self_exists=True,
         log_envelope=torch.cat([lengths.new_zeros(n), -x2 / (1 - x2)]),
         num_atoms=n,
     )
@@ -177,14 +175,16 @@ def _candidates(
     n = len(structures.positions)
     radius = reach if enough is None else min(reach, 6.0)
     while True:
-        pairs = find_pairs(structures, radius, config.neighbor_search)
-        counts = torch.bincount(pairs.receivers, minlength=n)
+        pairs = find_pairs(structures, radius + SEARCH_MARGIN, config.neighbor_search)
+        vectors = pairs.vectors(structures)
+        lengths = torch.linalg.vector_norm(vectors, dim=-1)
+        inside = lengths <= radius
+        counts = torch.bincount(pairs.receivers[inside], minlength=n)
         if radius >= reach or int(counts.min()) >= enough:
             break
         radius = min(reach, 1.5 * radius)
-    vectors = pairs.vectors(structures)
-    lengths = torch.linalg.vector_norm(vectors, dim=-1)
     refuse_overlap(lengths, pairs)
+    pairs, vectors, lengths = pairs.select(inside), vectors[inside], lengths[inside]
     width = int(counts.max())
     # stable sorts by distance, then by receiver: ties keep the order of the search
     by_length = torch.sort(lengths.detach(), stable=True).indices
@@ -230,7 +230,7 @@ def _pack(
     senders: Tensor,
     receivers: Tensor,
     vectors: Tensor,
-    self_length: float,
+    self_exists: bool,
     log_envelope: Tensor,
     num_atoms: int,
 ) -> NeighborGraph:
@@ -245,9 +245,10 @@ def _pack(
     return NeighborGraph(
         senders=senders[order],
         receivers=receivers,
-        lengths=torch.where(directed, norms, self_length)[:, 0],
+        lengths=torch.where(directed, norms, 0.0)[:, 0],
         directions=vectors / norms,
         log_envelope=log_envelope[order],
+        exists=(directed[:, 0] | self_exists).to(vectors.dtype),
         counts=counts,
         num_slots=int(counts.max()),
     )

@@ -156,7 +156,8 @@ class DirectStressHead(_Head):
         basis = _traceless_basis(node)
         direction = graph.directions
         # component normalisation: the five numbers of a unit vector have squares summing to 5
-        second = 7.5**0.5 * torch.einsum("mab,ea,eb->em", basis, direction, direction)
+        square = direction[:, None, :, None] * direction[:, None, None, :]
+        second = 7.5**0.5 * (square * basis).sum((2, 3))
         edge = self.edge_norm(emb["edge_features"]) * graph.envelope[:, None]
         terms = second[:, :, None] * edge[:, None, :]
         total = terms.new_zeros(len(node), *terms.shape[1:]).index_add(0, graph.receivers, terms)
@@ -193,7 +194,7 @@ class ConservativeHead(EnergyHead):
 
         Forces and stress are there if `regress_config` asks for them. Stress is dE/d(strain)
         over the volume, positive under tension as in ASE; a structure without periodic axes
-        has none: zeros in training (where a mask hides it), NaN otherwise.
+        or without volume has none: zeros in training (where a mask hides it), NaN otherwise.
         """
         energy = self._energy(emb)
         results = {"energy": energy}
@@ -201,7 +202,10 @@ class ConservativeHead(EnergyHead):
             leaves = [emb["positions"]]
             if self.regress_config.stress:
                 leaves.append(emb["displacement"])
-            gradients = torch.autograd.grad(energy.sum(), leaves, create_graph=self.training)
+            # the graph is kept for another head on the same backbone
+            gradients = torch.autograd.grad(
+                energy.sum(), leaves, create_graph=self.training, retain_graph=True
+            )
             results["forces"] = -gradients[0]
             if self.regress_config.stress:
                 results["stress"] = self._stress(gradients[1], emb)
@@ -210,10 +214,10 @@ class ConservativeHead(EnergyHead):
         return {f"{p}{key}": {key: results[key]} for p in self.prefixes for key in results}
 
     def _stress(self, virial: Tensor, emb: dict[str, Any]) -> Tensor:
-        volume = torch.linalg.det(emb["cell"].detach()).abs()[:, None, None]
-        periodic = emb["pbc"].any(1)[:, None, None]
+        volume = torch.linalg.det(emb["cell"].detach()).abs()
+        periodic = (emb["pbc"].any(1) & (volume > 1e-6))[:, None, None]
         missing = 0.0 if self.training else torch.nan
-        stress = virial / torch.where(periodic, volume, 1.0)
+        stress = virial / torch.where(periodic, volume[:, None, None], 1.0)
         return torch.where(periodic, stress, missing).flatten(1)
 
 

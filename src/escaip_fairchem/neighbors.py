@@ -45,15 +45,27 @@ class Pairs:
     receivers: Tensor
     offsets: Tensor
 
+    def select(self, mask: Tensor) -> Pairs:
+        """The pairs where `mask` is true."""
+        return Pairs(self.senders[mask], self.receivers[mask], self.offsets[mask])
+
     def vectors(self, structures: Structures) -> Tensor:
         """r_receiver - (r_sender + offset.cell), from neighbour to atom, Angstrom, [P, 3].
 
         Differentiable with respect to positions and cell.
         """
         cell = structures.cell[structures.system_idx[self.receivers]]
-        shift = torch.einsum("pi,pij->pj", self.offsets, cell)
+        shift = times_matrix(self.offsets, cell)
         positions = structures.positions
         return positions[self.receivers] - (positions[self.senders] + shift)
+
+
+def times_matrix(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """Row vectors times matrices, [M, 3] x [M, 3, 3] -> [M, 3], in full precision.
+
+    Written out, because matrix products may run in TF32 or be autocast during training.
+    """
+    return (vectors[:, :, None] * matrices).sum(1)
 
 
 @torch.no_grad()
@@ -64,7 +76,8 @@ def find_pairs(structures: Structures, radius: float, search: str = "auto") -> P
         structures: The batch; atoms may lie outside of their cell.
         radius: Angstrom.
         search: ``auto`` | ``fairchem`` (generate_graph version 2) | ``nvidia`` (version 3)
-            | ``vesin``. ``auto`` is version 3 on a GPU with nvalchemiops, else version 2.
+            | ``vesin``. ``auto`` is version 3 on a GPU with nvalchemiops (unless a structure is
+            too dense for it), else version 2.
 
     Returns:
         The pairs, in no particular order; one exactly at the radius may be missing.
@@ -73,12 +86,15 @@ def find_pairs(structures: Structures, radius: float, search: str = "auto") -> P
         UserError: The named search is not installed or too small, or two atoms coincide.
     """
     name = _resolve(search, structures.positions.device)
+    pairs = None
     wrapped, shifts = _wrap(structures)
     _refuse_coincident(wrapped)
     if name == "vesin":
         pairs = _vesin(wrapped, radius)
-    else:
-        pairs = _fairchem(wrapped, radius, version=3 if name == "nvidia" else 2)
+    if name == "nvidia":
+        pairs = _nvidia(wrapped, radius, required=search == "nvidia")
+    if pairs is None:
+        pairs = _fairchem(wrapped, radius, version=2, max_neighbors=-1)
     # the wrapped atom s is s - shift.cell; undo it in the offset of the pair
     offsets = pairs.offsets - shifts[pairs.senders] + shifts[pairs.receivers]
     return Pairs(pairs.senders, pairs.receivers, offsets)
@@ -99,9 +115,9 @@ def _wrap(structures: Structures) -> tuple[Structures, Tensor]:
     s = structures
     cell = _nonsingular_cell(s)
     inverse = torch.linalg.inv(cell)
-    fractional = torch.einsum("ni,nij->nj", s.positions, inverse[s.system_idx])
+    fractional = times_matrix(s.positions, inverse[s.system_idx])
     shifts = torch.where(s.pbc[s.system_idx], (fractional + WRAP_MARGIN).floor(), 0.0)
-    wrapped = s.positions - torch.einsum("ni,nij->nj", shifts, cell[s.system_idx])
+    wrapped = s.positions - times_matrix(shifts, cell[s.system_idx])
     # cell lists want molecules near the origin; a common translation changes no pair
     center = torch.zeros_like(cell[:, 0]).index_add_(0, s.system_idx, wrapped)
     center = center / s.natoms[:, None].to(center.dtype)
@@ -128,33 +144,34 @@ def _nonsingular_cell(s: Structures) -> Tensor:
     return cell
 
 
-def _fairchem(s: Structures, radius: float, version: int) -> Pairs:
-    # version 3 collects into a table of this width, and stops without a word when it is full
-    width = _table_width(radius) if version == 3 else None
+def _fairchem(s: Structures, radius: float, version: int, max_neighbors: int) -> Pairs:
     graph = generate_graph(
         _GraphInput(s),
         cutoff=radius,
-        max_neighbors=width or -1,
+        max_neighbors=max_neighbors,
         enforce_max_neighbors_strictly=False,
         radius_pbc_version=version,
         pbc=s.pbc,
     )
     senders, receivers = graph["edge_index"].long()
-    if width is not None:
-        counts = torch.bincount(receivers, minlength=len(s.positions))
-        if int(counts.max()) >= width:
-            atom = int(counts.argmax())
-            raise UserError(
-                f"atom {atom} of the batch has {width} or more neighbours within {radius:.2f} A, "
-                "more than neighbor_search: nvidia can hold; use neighbor_search: fairchem"
-            )
     return Pairs(senders, receivers, graph["cell_offsets"].to(s.positions.dtype))
 
 
-def _table_width(radius: float) -> int:
+def _nvidia(s: Structures, radius: float, *, required: bool) -> Pairs | None:
+    """Version 3, which fills a table and stops without a word when it is full: then None."""
     from nvalchemiops.torch.neighbors.neighbor_utils import estimate_max_neighbors
 
-    return estimate_max_neighbors(cutoff=radius, safety_factor=2.0)
+    width = estimate_max_neighbors(cutoff=radius, safety_factor=2.0)
+    pairs = _fairchem(s, radius, version=3, max_neighbors=width)
+    counts = torch.bincount(pairs.receivers, minlength=len(s.positions))
+    if int(counts.max()) < width:
+        return pairs
+    if required:
+        raise UserError(
+            f"atom {int(counts.argmax())} of the batch has {width} or more neighbours within "
+            f"{radius:.2f} A, more than neighbor_search: nvidia can hold; use fairchem"
+        )
+    return None
 
 
 class _GraphInput(dict):
@@ -182,8 +199,7 @@ def _vesin(s: Structures, radius: float) -> Pairs:
         parts.append(((j + start).astype(int), (i + start).astype(int), shifts))
         start += count
     senders, receivers, offsets = (
-        torch.from_numpy(np.concatenate(p)).to(s.positions.device)
-        for p in zip(*parts, strict=True)
+        torch.from_numpy(np.concatenate(p)).to(s.positions.device) for p in zip(*parts, strict=True)
     )
     return Pairs(senders, receivers, offsets.to(s.positions.dtype))
 

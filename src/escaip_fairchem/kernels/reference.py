@@ -60,7 +60,8 @@ class AttentionGeometry:
         cosines, polynomials = None, []
         if angular != "none":
             padded = directions.new_zeros(n * k, 3).index_copy(0, slots, directions).view(n, k, 3)
-            cosines = (padded @ padded.transpose(1, 2)).unsqueeze(1)
+            # written out, because a matrix product may run in TF32 or be autocast
+            cosines = (padded[:, :, None] * padded[:, None]).sum(-1).unsqueeze(1)
         if angular == "legendre":
             directed = (padded != 0).any(-1)
             both = (directed[:, :, None] & directed[:, None, :]).unsqueeze(1)

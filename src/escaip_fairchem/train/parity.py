@@ -106,7 +106,7 @@ def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parit
     columns: list[tuple[np.ndarray, ...]] = []
     for structures in _batches(dataset[int(index)] for index in chosen):
         batch = atomicdata_list_to_batch(structures)
-        predicted = unit.predict(batch)
+        predicted = unit.predict(batch.clone())  # predict moves its batch to the GPU
         free = (batch.fixed == 0).numpy()
         atom_references = references[batch.atomic_numbers.numpy()]
         columns.append(

@@ -1,0 +1,82 @@
+"""What training in reduced precision must leave alone, and gradients that must stay finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ase.build import fcc111, molecule
+
+from builtin import batch_of
+from escaip_fairchem import EScAIP
+
+SMALL = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "rbf_size": 64,
+    "rbf_dim": 32,
+    "species_dim": 8,
+    "boo_dim": 8,
+}
+
+
+def model(preset: str, *, direct: bool) -> EScAIP:
+    torch.manual_seed(0)
+    heads = {
+        "energy": {"module": "escaip_fairchem.EnergyHead"},
+        "forces": {"module": "escaip_fairchem.DirectForceHead"},
+    }
+    if not direct:
+        heads = {"efs": {"module": "escaip_fairchem.ConservativeHead"}}
+    backbone = {"model": "escaip_fairchem.EScAIPBackbone", "preset": preset, **SMALL}
+    backbone |= {"direct_forces": direct, "regress_stress": not direct}
+    return EScAIP(backbone=backbone, heads=heads)
+
+
+def embedding(net: EScAIP, batch):
+    seen = {}
+    original = net.backbone._encode
+
+    def spy(inputs):
+        seen["inputs"] = inputs
+        return original(inputs)
+
+    net.backbone._encode = spy
+    seen["graph"] = net.backbone(batch.clone())["graph"]
+    return seen
+
+
+@pytest.mark.parametrize("preset", ["paper", "v2"])
+def test_autocast_leaves_geometry_alone(preset):
+    """In bf16 a cell of 20 A has steps of 0.06 A: neighbours and angles would be wrong."""
+    net = model(preset, direct=True).eval()
+    slab = fcc111("Cu", (3, 3, 3), vacuum=7, periodic=True)
+    slab.rattle(0.05, seed=2)
+    batch = batch_of([slab, molecule("H2O")])
+    exact = embedding(net, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = embedding(net, batch)
+    for name in ("senders", "lengths", "directions", "log_envelope"):
+        torch.testing.assert_close(
+            getattr(cast["graph"], name), getattr(exact["graph"], name), rtol=0, atol=0
+        )
+    for name in ("boo", "rbf"):
+        torch.testing.assert_close(
+            getattr(cast["inputs"], name), getattr(exact["inputs"], name), rtol=0, atol=0
+        )
+    ours, theirs = cast["inputs"].attention, exact["inputs"].attention
+    torch.testing.assert_close(ours.cosines, theirs.cosines, rtol=0, atol=0)
+    assert ours.cosines.dtype == torch.float32
+
+
+@pytest.mark.parametrize("preset", ["paper", "v2"])
+def test_conservative_training_stays_finite_with_an_isolated_atom(preset):
+    net = model(preset, direct=False).train()
+    slab = fcc111("Cu", (2, 2, 2), vacuum=7, periodic=True)
+    slab.rattle(0.05, seed=3)
+    result = net(batch_of([slab, molecule("H")]))
+    loss = sum(value.square().sum() for task in result.values() for value in task.values())
+    loss.backward()
+    for name, parameter in net.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+    assert float(result["forces"]["forces"][-1].detach().abs().max()) == 0
