@@ -80,10 +80,10 @@ def test_published_cases(cases, search):
             expected = case.get("expected_edges", sum(case.get("expected_counts_per_atom", [])))
         try:
             pairs = find_pairs(structures, case["cutoff"], search)
-        except UserError as error:
+        except UserError:
             # version 3 sizes its table by the radius, for real densities: an error, never fewer
-            assert search == "nvidia"
-            assert "or more neighbours within" in str(error)
+            if search != "nvidia":
+                raise
             dense += 1
             continue
         lengths = torch.linalg.vector_norm(pairs.vectors(structures), dim=-1)
