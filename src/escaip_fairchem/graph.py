@@ -5,7 +5,7 @@ Shapes: N atoms, P candidate pairs, C candidates per atom, E edges (packed slots
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,13 +83,7 @@ def build_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
         UserError: Two atoms coincide.
     """
     if not config.use_pbc:
-        structures = Structures(
-            structures.positions,
-            structures.cell,
-            torch.zeros_like(structures.pbc),
-            structures.natoms,
-            structures.system_idx,
-        )
+        structures = replace(structures, pbc=torch.zeros_like(structures.pbc))
     build = {"knn": _knn_graph, "soft_knn": _soft_knn_graph}[config.graph]
     return build(structures, config)
 

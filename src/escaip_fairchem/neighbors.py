@@ -1,6 +1,6 @@
-"""Candidate neighbour pairs within a radius: fairchem's search, or vesin's on a CPU.
+"""Candidate neighbour pairs within a radius: fairchem's searches, or vesin's on a CPU.
 
-Both take unwrapped positions, each structure's own `pbc` per axis, and any cell; both
+All take unwrapped positions, each structure's own `pbc` per axis, and any cell; all
 return the same pairs. Nothing here is differentiated: distances are recomputed from the
 positions afterwards.
 """
