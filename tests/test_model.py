@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
 from torch import nn
 
 from escaip_fairchem import EScAIP
+from escaip_fairchem.train.optim import Muon
 from helpers import SMALL, gas, make_batch, slab, triclinic
 
 PAPER, V2, SMOOTH = {"preset": "paper"}, {"preset": "v2"}, {"preset": "v2", "smooth": True}
@@ -141,3 +143,57 @@ def test_direct_stress(preset):
     assert pressure.abs().min() > 1e-6
     torch.testing.assert_close(isotropic, pressure[:, None, None] * torch.eye(3).double())
     torch.testing.assert_close(isotropic + anisotropic, whole)
+
+
+@pytest.mark.parametrize("preset", [PAPER, V2], ids=["paper", "v2"])
+def test_resolved_init(preset):
+    """Distances and species make more of an edge's attributes than with published weights."""
+    structure = make_batch(slab())
+    lost = {}
+    for init in ("published", "resolved"):
+        model = build(SMALL | preset | {"init": init}, FORCES).eval()
+        attributes = model.backbone.input_block.attributes
+        seen = []
+        hook = attributes.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.extend(inputs)
+        )
+        with torch.no_grad():
+            model(structure.clone())
+            hook.remove()
+            x = seen[0]
+            blind = dataclasses.replace(x, rbf=torch.zeros_like(x.rbf))
+            uniform = dataclasses.replace(x, species=torch.full_like(x.species, 29))
+            full = attributes(x)
+            lost[init] = [
+                ((attributes(y) - full).norm() / full.norm()).item() for y in (blind, uniform)
+            ]
+    (distance, species), (resolved_distance, resolved_species) = lost.values()
+    assert resolved_distance > 1.5 * distance
+    assert resolved_species > 20 * species
+
+
+@pytest.mark.parametrize("preset", [PAPER, V2], ids=["paper", "v2"])
+def test_resolved_magnitudes_start_at_one(preset):
+    head = build(SMALL | preset | {"init": "resolved"}, FORCES).eval().output_heads["forces"]
+    without_features = torch.zeros(3, SMALL["hidden_size"], dtype=torch.float64)
+    torch.testing.assert_close(head.magnitude(without_features), torch.ones(3, 1).double())
+
+
+def test_muon_trains_the_model():
+    """By fairchem's grouping: every parameter moves, and one structure's forces are learnt."""
+    model = build(SMALL | V2 | {"init": "resolved", "norm": "skip"}, FORCES).train()
+    optimizer = _get_optimizer_wd(partial(Muon, lr=2e-3, adam_lr=5e-4, weight_decay=1e-3), model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    structure = make_batch(slab())
+    target = torch.randn(structure.pos.shape, dtype=torch.float64)
+    losses = []
+    for _ in range(150):
+        outputs = model(structure.clone())
+        loss = (outputs["forces"]["forces"] - target).square().mean()
+        loss = loss + outputs["energy"]["energy"].square().sum() / 1000
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert [name for name, p in model.named_parameters() if torch.equal(p, start[name])] == []
+    assert losses[-1] < 0.5 * target.square().mean()

@@ -6,13 +6,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
+import torch
 from fairchem.core._cli import get_hydra_config_from_yaml
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
+from escaip_fairchem.config import EScAIPConfig
+from escaip_fairchem.train.loss import HuberNormLoss
+from escaip_fairchem.train.optim import Muon
+
 RECIPES = Path(__file__).parents[1] / "configs" / "oc20"
 PAPER, V2 = RECIPES / "escaip_2m.yml", RECIPES / "escaip_v2_direct.yml"
+FEW = RECIPES / "escaip_few_frames.yml"
 
 # By hand from the authors' files (see the headers of the recipes), not from ours.
 PUBLISHED = {
@@ -104,7 +111,7 @@ def test_published_numbers(recipe: Path) -> None:
     assert {key: found[key] for key in PUBLISHED[recipe]} == PUBLISHED[recipe]
 
 
-@pytest.mark.parametrize("recipe", [PAPER, V2], ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [PAPER, V2, FEW], ids=lambda path: path.stem)
 def test_names_that_checkpoints_store(recipe: Path) -> None:
     model = compose(recipe).runner.train_eval_unit.model
     assert model._target_ == "escaip_fairchem.EScAIP"
@@ -128,6 +135,38 @@ def test_the_command_of_the_readme() -> None:
     assert any(value != 0 for value in references), "the sample brings its own references"
     assert not unit.bf16
     assert not unit.tf32
+
+
+def test_few_frames_keeps_its_scale_for_any_data(data_root: Path) -> None:
+    """The rms of the forces, which data brings, is no scale where a few frames decide it."""
+    group = data_root / "configs" / "dataset" / "mine.yaml"
+    group.parent.mkdir()
+    dataset = {"name": "mine", "train": "a", "val": "b"}
+    text = {
+        "dataset": dataset,
+        "normalizer": {"rmsd": 7.0},
+        "element_refs": {"energy": [1.0] * 120},
+    }
+    group.write_text("# @package _global_\n" + OmegaConf.to_yaml(OmegaConf.create(text)))
+    unit = compose(FEW, "dataset=mine").runner.train_eval_unit
+    assert [task.normalizer.rmsd for task in unit.tasks] == [0.3, 0.3]
+    assert unit.tasks[0].element_references.element_references._args_[0] == [1.0] * 120
+    assert compose(FEW, "normalizer.rmsd=2").runner.train_eval_unit.tasks[0].normalizer.rmsd == 2
+
+
+def test_parts_of_few_frames_can_be_built_and_chosen_elsewhere() -> None:
+    unit = compose(FEW).runner.train_eval_unit
+    net = torch.nn.Linear(8, 8)
+    optimizer = hydra.utils.instantiate(unit.optimizer_fn)(params=net.parameters())
+    assert isinstance(optimizer, Muon)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 5e-4]
+    loss = hydra.utils.instantiate(unit.tasks[1].loss_fn)
+    assert isinstance(loss.loss_fn, HuberNormLoss)
+    backbone = {key: value for key, value in unit.model.backbone.items() if key != "model"}
+    assert EScAIPConfig.from_kwargs(**backbone).init == "resolved"
+    published = compose(PAPER, "optimizer=muon", "tasks=huber").runner.train_eval_unit
+    assert published.optimizer_fn._target_ == unit.optimizer_fn._target_
+    assert published.tasks[1].loss_fn.loss_fn == unit.tasks[1].loss_fn.loss_fn
 
 
 def test_copied_recipe_composes_the_same(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.callbacks import column_names, read_metrics
+from escaip_fairchem.train.runner import share_cores
 from escaip_fairchem.train.unit import ema_decay_at, warmed_up_average
 
 if TYPE_CHECKING:
@@ -230,3 +231,20 @@ def test_columns_of_several_data_sets() -> None:
     assert list(column_names(same_split)) == ["val_loss", "a.val_energy_mae", "b.val_energy_mae"]
     splits = {"val/loss": 1.0, "val/a.val_id,forces,mae": 2.0, "val/a.val_ood,forces,mae": 3.0}
     assert list(column_names(splits)) == ["val_loss", "val_id_forces_mae", "val_ood_forces_mae"]
+
+
+@pytest.mark.parametrize("ranks, omp, expected", [("1", None, 8), ("3", None, 2), ("3", "8", 8)])
+def test_ranks_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, ranks: str, omp: str | None, expected: int
+) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    try:
+        torch.set_num_threads(8)
+        share_cores()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)

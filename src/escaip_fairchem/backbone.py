@@ -10,7 +10,13 @@ from fairchem.core.models.base import BackboneInterface
 from fairchem.core.models.uma.escn_md import GradRegressConfig
 from torch import Tensor, nn
 
-from escaip_fairchem.blocks import BlockInputs, InputBlock, Readout, TransformerBlock
+from escaip_fairchem.blocks import (
+    BlockInputs,
+    EdgeAttributes,
+    InputBlock,
+    Readout,
+    TransformerBlock,
+)
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.features import bond_orientational_order, gaussian_basis
@@ -161,13 +167,17 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         return self.node_readout.finish(node_total), edge_features
 
     def _initialize(self) -> None:
-        """``paper``: Xavier-uniform; ``v2``: torch's defaults; biases zero in both."""
+        """``paper``: Xavier-uniform; ``v2``: torch's defaults; biases zero in both; then `init`."""
         for module in self.modules():
             if not isinstance(module, nn.Linear):
                 continue
             if self.config.layout == "paper":
                 nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+        if self.config.init == "resolved":
+            for module in self.modules():
+                if isinstance(module, EdgeAttributes):
+                    module.resolve()
 
     def _refuse_bad_input(self, data: AtomicData) -> None:
         numbers, limit = data["atomic_numbers"], self.config.max_num_elements

@@ -72,6 +72,19 @@ class EdgeAttributes(nn.Module):
         nn.init.uniform_(self.source_species.weight, -0.001, 0.001)
         nn.init.uniform_(self.target_species.weight, -0.001, 0.001)
 
+    @torch.no_grad()
+    def resolve(self) -> None:
+        """Widen the initial weights until distances and species tell edges apart (`init`).
+
+        The published ones make distance a few percent of an attribute and species a thousandth,
+        beside a constant from l = 0 of the BOO. Forces near equilibrium hang on hundredths of
+        an Angstrom for each pair of species, which training must else find first.
+        """
+        self.distance.weight.mul_(30.0)
+        self.output.weight.mul_(3.0)
+        nn.init.uniform_(self.source_species.weight, -1.0, 1.0)
+        nn.init.uniform_(self.target_species.weight, -1.0, 1.0)
+
     def forward(self, x: BlockInputs) -> Tensor:
         """Attributes of each edge, [E, H]."""
         distance = self.dropout(self.activation(self.distance(x.rbf)))

@@ -119,6 +119,7 @@ _CHOICES = {
     "boo_scale": ("component", "unit"),
     "energy_reduce": ("sum", "mean"),
     "force_weights": ("vector", "scalar"),
+    "init": ("published", "resolved"),
     "norm": ("rmsnorm", "layernorm", "skip"),
     "activation": ("gelu", "relu", "leaky_relu", "squared_relu", "smelu", "star_relu"),
     "neighbor_search": ("auto", "fairchem", "vesin", "nvidia"),
@@ -191,6 +192,8 @@ class EScAIPConfig:
     energy_head_norm: bool = True  # False: the built-in's gradient head, which skips it
     energy_head_gain: float = None
     force_weights: str = "vector"  # "scalar" makes direct forces exactly equivariant
+
+    init: str = "published"  # "resolved": distances and species tell edges apart from the start
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EScAIPConfig:

@@ -37,6 +37,15 @@ class OutputLayer(nn.Module):
         self.final = nn.Linear(config.hidden_size, outputs, bias=False)
         self.residual = config.layout == "paper"
 
+    @torch.no_grad()
+    def start_at_one(self) -> None:
+        """Set the hidden bias so that a single output starts around 1.
+
+        A product of two factors around 0 hardly has a gradient where both are small.
+        """
+        weight = self.final.weight[0]
+        self.ffn.down.bias.copy_(weight / weight.square().sum())
+
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         hidden = self.ffn(x)
@@ -118,6 +127,8 @@ class DirectForceHead(_Head):
             self.config, outputs, dropout=self.config.vector_output_dropout
         )
         self._initialize()
+        if self.config.init == "resolved":
+            self.magnitude.start_at_one()
 
     def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
         """{"forces": [N, 3]}."""
