@@ -76,9 +76,9 @@ class EdgeAttributes(nn.Module):
     def resolve(self) -> None:
         """Widen the initial weights until distances and species tell edges apart (`init`).
 
-        The published ones make distance a few percent of an attribute and species a thousandth,
-        beside a constant from l = 0 of the BOO. Forces near equilibrium hang on hundredths of
-        an Angstrom for each pair of species, which training must else find first.
+        With the published ones an attribute is mostly a constant (from l = 0 of the BOO) and
+        hardly knows its species. Forces near equilibrium hang on hundredths of an Angstrom for
+        each pair of species, which training must else find first.
         """
         self.distance.weight.mul_(30.0)
         self.output.weight.mul_(3.0)
