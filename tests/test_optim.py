@@ -120,7 +120,7 @@ def test_a_parameter_without_gradient_stays():
     assert net[0].weight.grad is not None
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0}, {"adam_lr": -1}, {"momentum": 1}])
+@pytest.mark.parametrize("bad", [{"lr": 0}, {"adam_lr": -1}, {"momentum": 1}, {"weight_decay": 0}])
 def test_bad_settings_are_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Muon(network().parameters(), **bad)

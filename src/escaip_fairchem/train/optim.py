@@ -59,7 +59,7 @@ class Muon(torch.optim.AdamW):
         betas: Of AdamW.
 
     Raises:
-        UserError: A setting is out of range.
+        UserError: A setting is out of range, or nothing is marked as a weight.
     """
 
     def __init__(
@@ -89,6 +89,11 @@ class Muon(torch.optim.AdamW):
                 split.append({**group, "params": matrices, "lr": lr, "momentum": momentum})
             if rest:
                 split.append({**group, "params": rest, "lr": adam_lr, "momentum": None})
+        if all(group["momentum"] is None for group in split):
+            raise UserError(
+                "Muon needs a weight_decay above 0: fairchem sets the weights of linear layers "
+                "apart by it (1e-6 is next to none)"
+            )
         super().__init__(split, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
 
     @torch.no_grad()
