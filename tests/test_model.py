@@ -161,7 +161,8 @@ def test_resolved_init(preset):
             model(structure.clone())
             hook.remove()
             x = seen[0]
-            blind = dataclasses.replace(x, rbf=torch.zeros_like(x.rbf))
+            nothing = [torch.zeros_like(block) for block in x.rbf.blocks]
+            blind = dataclasses.replace(x, rbf=dataclasses.replace(x.rbf, blocks=nothing))
             uniform = dataclasses.replace(x, species=torch.full_like(x.species, 29))
             full = attributes(x)
             lost[init] = [

@@ -19,8 +19,8 @@ from escaip_fairchem.blocks import (
 )
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.features import bond_orientational_order, gaussian_basis
-from escaip_fairchem.graph import NeighborGraph, build_graph
+from escaip_fairchem.features import RadialBasis, bond_orientational_order
+from escaip_fairchem.graph import FAR, NeighborGraph, build_graph
 from escaip_fairchem.kernels import AttentionGeometry
 from escaip_fairchem.layers import names_without_decay, norm_factory
 from escaip_fairchem.neighbors import Structures, times_matrix
@@ -132,7 +132,13 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             scale=config.boo_scale,
             smooth=config.smooth,
         )
-        rbf = gaussian_basis(graph.lengths, config.cutoff, config.rbf_size, config.rbf_width)
+        # the row for self edges; in `paper` it stands for "no neighbour": a basis of zeros
+        lengths = graph.pair_lengths
+        if config.graph == "knn":
+            lengths = torch.cat([lengths[:-1], lengths.new_full((1,), FAR)])
+        rbf = RadialBasis.build(
+            lengths, graph.pairs, config.cutoff, config.rbf_size, config.rbf_width
+        )
         attention = AttentionGeometry.build(
             graph.directions,
             graph.log_envelope,
@@ -144,7 +150,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         return BlockInputs(
             species=species,
             boo=boo,
-            rbf=rbf * graph.exists[:, None],
+            rbf=rbf,
             senders=graph.senders,
             receivers=graph.receivers,
             starts=graph.starts,

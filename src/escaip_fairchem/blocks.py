@@ -1,6 +1,6 @@
 """The layers of the backbone: edge attributes, neighbourhood attention, readouts.
 
-Shapes: N atoms, E edges (packed), H hidden, A heads, D = H / A, L blocks, R RBF size.
+Shapes: N atoms, E edges (packed), U distinct lengths, H hidden, A heads, D = H / A, L blocks.
 All of it imports torch only.
 """
 
@@ -12,13 +12,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escaip_fairchem.kernels import AttentionGeometry, neighbor_attention
-from escaip_fairchem.layers import ACTIVATIONS, ConcatLinear, FeedForward, StochasticDepth
+from escaip_fairchem.kernels import AttentionGeometry, banded_linear, packed_attention
+from escaip_fairchem.layers import (
+    ACTIVATIONS,
+    ConcatLinear,
+    FeedForward,
+    StochasticDepth,
+    prologue_linear,
+)
 
 if TYPE_CHECKING:
     from escaip_fairchem.config import EScAIPConfig
+    from escaip_fairchem.features import RadialBasis
 
 
 @dataclass
@@ -28,7 +36,7 @@ class BlockInputs:
     Attributes:
         species: Atomic numbers, [N].
         boo: Bond-orientational order, [N, lmax + 1].
-        rbf: Radial basis of each edge, [E, R].
+        rbf: Radial basis of the distinct lengths.
         senders: Neighbour of each edge, [E].
         receivers: Atom of each edge, ascending, [E].
         starts: First edge of each atom, [N].
@@ -39,7 +47,7 @@ class BlockInputs:
 
     species: Tensor
     boo: Tensor
-    rbf: Tensor
+    rbf: RadialBasis
     senders: Tensor
     receivers: Tensor
     starts: Tensor
@@ -85,16 +93,29 @@ class EdgeAttributes(nn.Module):
         nn.init.uniform_(self.source_species.weight, -1.0, 1.0)
         nn.init.uniform_(self.target_species.weight, -1.0, 1.0)
 
+    def terms(self, x: BlockInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """What `gather` adds up: terms of lengths [U, H], neighbours [N, H] and atoms [N, H]."""
+        act, drop = self.activation, self.dropout
+        random = self.training and drop.p > 0
+        weights = self.output.weights()
+        linear = self.distance
+        distance = banded_linear(x.rbf.blocks, x.rbf.starts, linear.weight, linear.bias)
+        distance = prologue_linear(
+            weights[0], self.output.bias, lambda d: drop(act(d)), distance, random=random
+        )
+        source = F.linear(drop(act(self.source_boo(x.boo))), weights[1])
+        target = F.linear(drop(act(self.target_boo(x.boo))), weights[3])
+        source = source + F.linear(self.source_species(x.species), weights[2])
+        return distance, source, target + F.linear(self.target_species(x.species), weights[4])
+
+    def gather(self, x: BlockInputs, distance: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """Attributes of each edge, [E, H], from `terms`."""
+        total = distance.index_select(0, x.rbf.rows).add_(source.index_select(0, x.senders))
+        return self.dropout(self.activation(total.add_(target.index_select(0, x.receivers))))
+
     def forward(self, x: BlockInputs) -> Tensor:
         """Attributes of each edge, [E, H]."""
-        distance = self.dropout(self.activation(self.distance(x.rbf)))
-        source_boo = self.dropout(self.activation(self.source_boo(x.boo)))
-        target_boo = self.dropout(self.activation(self.target_boo(x.boo)))
-        part = self.output.part
-        source = part(1, source_boo) + part(2, self.source_species(x.species))
-        target = part(3, target_boo) + part(4, self.target_species(x.species))
-        total = part(0, distance, bias=True) + source[x.senders] + target[x.receivers]
-        return self.dropout(self.activation(total))
+        return self.gather(x, *self.terms(x))
 
 
 def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
@@ -103,7 +124,7 @@ def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
     ``mean`` over the slots (with the published 1e-5 in the count), or ``self``: slot 0.
     """
     if pooling == "self":
-        return edge[x.starts]
+        return edge.index_select(0, x.starts)
     total = edge.new_zeros(len(x.species), edge.shape[-1]).index_add(0, x.receivers, edge)
     return total / (x.counts.to(edge.dtype) + 1e-5)[:, None]
 
@@ -164,20 +185,37 @@ class NeighborAttention(nn.Module):
         self.scale = 1.0 / math.sqrt(attention_width(config))
         self.pooling = config.pooling
 
-    def forward(self, node: Tensor, edge: Tensor | None, x: BlockInputs) -> tuple[Tensor, Tensor]:
-        """Normed node [N, H] (and edge [E, H]) features -> updates of nodes and edges."""
-        attributes = self.attribute_norm(self.attributes(x))
-        source, target = self.pair.part(0, node), self.pair.part(1, node, bias=True)
-        pair = self.dropout(self.activation(source[x.senders] + target[x.receivers]))
-        parts = [attributes, pair]
+    def forward(
+        self, node: Tensor, edge: Tensor | None, edge_norm: nn.Module | None, x: BlockInputs
+    ) -> tuple[Tensor, Tensor]:
+        """Normed node [N, H] and edge [E, H] features, its norm -> updates of nodes and edges."""
+        attributes = self.attributes
+        random = self.training and self.dropout.p > 0
+        sender, receiver = self.pair.weights()
+        inputs = [*attributes.terms(x), F.linear(node, sender)]
+        inputs.append(F.linear(node, receiver, self.pair.bias))
         if self.edge is not None:
-            parts.insert(1, self.dropout(self.activation(self.edge(edge))))
-        message = self.message_norm(self.activation(self.message(torch.cat(parts, dim=-1))))
-        q, k, v = self.qkv(message).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        attended = neighbor_attention(
-            q,
-            k,
-            v,
+            linear = self.edge.weight, self.edge.bias
+            inputs.append(prologue_linear(*linear, edge_norm, edge, *edge_norm.parameters()))
+        count = len(inputs)
+
+        def parts(*given: Tensor) -> tuple[Tensor, ...]:
+            """What the message is made of; gathers and activations are cheap to repeat."""
+            source, target = given[3:5]
+            pair = source.index_select(0, x.senders).add_(target.index_select(0, x.receivers))
+            hidden = [attributes.gather(x, *given[:3])]
+            hidden[0] = self.attribute_norm(hidden[0], *given[count:])
+            hidden += [self.dropout(self.activation(part)) for part in (*given[5:count], pair)]
+            return tuple(hidden)
+
+        inputs += self.attribute_norm.parameters()
+        linear = self.message.weight, self.message.bias
+        message = prologue_linear(*linear, parts, *inputs, random=random)
+        norm = self.message_norm.parameters()
+        linear = self.qkv.weight, self.qkv.bias
+        qkv = prologue_linear(*linear, self._normed_message, message, *norm)
+        attended = packed_attention(
+            qkv.unflatten(-1, (3, self.heads, -1)),
             x.attention,
             scale=self.scale,
             frequencies=self.frequencies,
@@ -186,6 +224,9 @@ class NeighborAttention(nn.Module):
         )
         edge_update = self.out(attended.flatten(1))
         return pool_slots(edge_update, x, self.pooling), edge_update
+
+    def _normed_message(self, message: Tensor, *norm: Tensor) -> Tensor:
+        return self.message_norm(self.activation(message), *norm)
 
 
 def attention_width(config: EScAIPConfig) -> int:
@@ -228,15 +269,15 @@ class TransformerBlock(nn.Module):
     def forward(self, node: Tensor, edge: Tensor | None, x: BlockInputs):
         """[N, H], [E, H] -> [N, H], [E, H] (None where nothing reads the edges)."""
         edge_system = x.system_idx[x.receivers]
-        normed = self.edge_attention_norm(edge) if self.edge_attention_norm is not None else None
-        update = self.attention(self.node_attention_norm(node), normed, x)
+        normed = self.node_attention_norm(node)
+        update = self.attention(normed, edge, self.edge_attention_norm, x)
         node_update, edge_update = self.drop_attention(*update, x.system_idx, edge_system)
         node = node + node_update
         if not self.edge_used:
-            node_ffn = self.node_ffn(self.node_ffn_norm(node))
+            node_ffn = self.node_ffn(node, self.node_ffn_norm)
             return node + self.drop_ffn(node_ffn, node_ffn, x.system_idx, x.system_idx)[0], None
         edge = edge + edge_update
-        update = self.node_ffn(self.node_ffn_norm(node)), self.edge_ffn(self.edge_ffn_norm(edge))
+        update = self.node_ffn(node, self.node_ffn_norm), self.edge_ffn(edge, self.edge_ffn_norm)
         node_update, edge_update = self.drop_ffn(*update, x.system_idx, edge_system)
         return node + node_update, edge + edge_update
 
@@ -269,12 +310,12 @@ class Readout(nn.Module):
 
     def add(self, total: tuple[Tensor, Tensor] | None, index: int, x: Tensor):
         """Add block `index`'s readout of features [..., H] to the running projection."""
-        readout = x + self.ffns[index](self.norms[index](x))
+        readout = x + self.ffns[index](x, self.norms[index])
         square = None
         if self.concat_norm is not None:
             square = readout.square().sum(-1, keepdim=True)
             readout = readout * self.concat_norm.weight.chunk(len(self.ffns))[index]
-        share = self.projection.part(index, readout)
+        share = F.linear(readout, self.projection.weights()[index])
         if total is None:
             return share, square
         return total[0] + share, None if square is None else total[1] + square

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from escaip_fairchem.neighbors import Pairs, Structures, find_pairs, refuse_overlap
+from escaip_fairchem.neighbors import Structures, find_pairs, refuse_overlap
 
 if TYPE_CHECKING:
     from escaip_fairchem.config import EScAIPConfig
@@ -34,7 +34,8 @@ class NeighborGraph:
     Attributes:
         senders: Neighbour of each edge, [E].
         receivers: Atom that the edge belongs to, ascending, [E].
-        lengths: Distances, Angstrom, [E].
+        pairs: Row of each edge in `pair_lengths`, the same for i -> j and j -> i, [E].
+        pair_lengths: Distances, Angstrom; one 0 for all self edges, [U].
         directions: Unit vectors from the neighbour to the atom; zero for a self edge, [E, 3].
         log_envelope: Logarithm of the edge's weight, 0 for a hard cut, [E].
         exists: 1.0, or 0.0 for an edge that stands for "no neighbour", [E].
@@ -44,12 +45,18 @@ class NeighborGraph:
 
     senders: Tensor
     receivers: Tensor
-    lengths: Tensor
+    pairs: Tensor
+    pair_lengths: Tensor
     directions: Tensor
     log_envelope: Tensor
     exists: Tensor
     counts: Tensor
     num_slots: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """Distance of each edge, Angstrom, [E]."""
+        return self.pair_lengths.index_select(0, self.pairs)
 
     @property
     def starts(self) -> Tensor:
@@ -93,18 +100,17 @@ def _knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
     k = config.max_neighbors
     lists = _candidates(structures, config, config.cutoff, enough=k)
     keep = lists.distances[:, :k] < FAR
-    edge_of = lists.pair[:, :k][keep]
     receivers = keep.nonzero()[:, 0]
     # an atom without neighbours attends to itself, as in the authors' patch_singleton_atom,
     # but without their direction (1, 0, 0), which gave it a force
     lonely = (~keep.any(1)).nonzero()[:, 0]
     return _pack(
-        senders=torch.cat([lists.pairs.senders[edge_of], lonely]),
-        receivers=torch.cat([receivers, lonely]),
-        vectors=torch.cat([lists.vectors[edge_of], lists.vectors.new_zeros(len(lonely), 3)]),
+        lists,
+        candidates=lists.candidate[:, :k][keep],
+        receivers=receivers,
+        selves=lonely,
         self_exists=False,
-        log_envelope=lists.vectors.new_zeros(len(receivers) + len(lonely)),
-        num_atoms=len(structures.positions),
+        log_envelope=lists.lengths.new_zeros(len(receivers)),
     )
 
 
@@ -128,8 +134,8 @@ def _soft_knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGra
     own = _ranks(distances, distances, step, config.rank_scale)[:, 1:]
     near = (distances[:, 1:] <= config.cutoff) & (own < k)
     receivers = near.nonzero()[:, 0]
-    edge_of = lists.pair[:, : near.shape[1]][near]
-    senders = lists.pairs.senders[edge_of]
+    candidates = lists.candidate[:, : near.shape[1]][near]
+    senders = lists.senders[candidates]
     lengths = distances[:, 1:][near]
     theirs = _ranks(lengths[:, None], distances[senders], step, config.rank_scale)[:, 0]
     terms = torch.stack([own[near] / k, theirs / k, lengths / config.cutoff])
@@ -137,25 +143,29 @@ def _soft_knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGra
 
     inside = (x < 1).nonzero()[:, 0]
     x2 = x[inside].square()
-    atoms = torch.arange(n, device=senders.device)
     return _pack(
-        senders=torch.cat([atoms, senders[inside]]),
-        receivers=torch.cat([atoms, receivers[inside]]),
-        vectors=torch.cat([lengths.new_zeros(n, 3), lists.vectors[edge_of[inside]]]),
+        lists,
+        candidates=candidates[inside],
+        receivers=receivers[inside],
+        selves=torch.arange(n, device=senders.device),
         self_exists=True,
-        log_envelope=torch.cat([lengths.new_zeros(n), -x2 / (1 - x2)]),
-        num_atoms=n,
+        log_envelope=-x2 / (1 - x2),
     )
 
 
 @dataclass
 class _Candidates:
-    """Each atom's candidates by distance: [N, C], padded with FAR (and pair 0)."""
+    """Pairs within reach, [P / 2], and each atom's list of them by distance, [N, C].
 
-    pairs: Pairs
-    vectors: Tensor
+    Candidate p < P / 2 of the lists is pair p, candidate p + P / 2 the same pair seen from its
+    other end. Lists are padded with distance FAR (and candidate 0).
+    """
+
+    senders: Tensor  # of every candidate, [P]
+    vectors: Tensor  # of every pair, [P / 2, 3]
+    lengths: Tensor  # of every pair, [P / 2]
     distances: Tensor
-    pair: Tensor
+    candidate: Tensor
 
 
 def _candidates(
@@ -169,28 +179,31 @@ def _candidates(
     n = len(structures.positions)
     radius = reach if enough is None else min(reach, 6.0)
     while True:
-        pairs = find_pairs(structures, radius + SEARCH_MARGIN, config.neighbor_search)
+        pairs = find_pairs(structures, radius + SEARCH_MARGIN, config.neighbor_search).unordered()
         vectors = pairs.vectors(structures)
         lengths = torch.linalg.vector_norm(vectors, dim=-1)
         inside = lengths <= radius
-        counts = torch.bincount(pairs.receivers[inside], minlength=n)
+        ends = torch.cat([pairs.receivers[inside], pairs.senders[inside]])
+        counts = torch.bincount(ends, minlength=n)
         if radius >= reach or int(counts.min()) >= enough:
             break
         radius = min(reach, 1.5 * radius)
     refuse_overlap(lengths, pairs)
     pairs, vectors, lengths = pairs.select(inside), vectors[inside], lengths[inside]
     width = int(counts.max())
+    both = torch.cat([lengths, lengths])
     # stable sorts by distance, then by receiver: ties keep the order of the search
-    by_length = torch.sort(lengths.detach(), stable=True).indices
-    order = by_length[torch.sort(pairs.receivers[by_length], stable=True).indices]
-    rows = pairs.receivers[order]
-    starts = counts.cumsum(0) - counts
-    columns = torch.arange(len(order), device=rows.device) - starts[rows]
-    distances = lengths.new_full((n, width), FAR)
-    distances = distances.index_put((rows, columns), lengths[order])
-    pair = torch.zeros((n, width), dtype=torch.long, device=rows.device)
-    pair[rows, columns] = order
-    return _Candidates(pairs, vectors, distances, pair)
+    by_length = torch.sort(both.detach(), stable=True).indices
+    order = by_length[torch.sort(ends[by_length], stable=True).indices]
+    rows = ends[order]
+    columns = torch.arange(len(order), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    place = rows * width + columns
+    distances = both.new_full((n * width,), FAR).index_copy(0, place, both.index_select(0, order))
+    candidate = torch.zeros(n * width, dtype=torch.long, device=rows.device)
+    candidate[place] = order
+    senders = torch.cat([pairs.senders, pairs.receivers])
+    shape = (n, width)
+    return _Candidates(senders, vectors, lengths, distances.view(shape), candidate.view(shape))
 
 
 def _ranks(lengths: Tensor, distances: Tensor, step, scale: float) -> Tensor:
@@ -220,29 +233,46 @@ def _smooth_step(x: Tensor) -> Tensor:
 
 
 def _pack(
+    lists: _Candidates,
     *,
-    senders: Tensor,
+    candidates: Tensor,
     receivers: Tensor,
-    vectors: Tensor,
+    selves: Tensor,
     self_exists: bool,
     log_envelope: Tensor,
-    num_atoms: int,
 ) -> NeighborGraph:
-    """Sort edges by receiver (stable: self edges given first come first) and pack them."""
-    order = torch.sort(receivers, stable=True).indices
-    receivers, vectors = receivers[order], vectors[order]
-    counts = torch.bincount(receivers, minlength=num_atoms)
-    # a self edge has no direction; masking before the norm keeps its gradient finite
-    square = vectors.square().sum(-1, keepdim=True)
-    directed = square > 0
-    norms = torch.where(directed, square, 1.0).sqrt()
+    """The chosen candidates of ascending receivers, with a self edge before those of `selves`."""
+    atoms, half = len(lists.distances), len(lists.lengths)
+    pair = candidates % half if half else candidates
+    used = torch.zeros(half, dtype=torch.bool, device=pair.device)
+    used[pair] = True
+    row_of_pair = used.cumsum(0) - 1
+    lengths = lists.lengths[used]
+    units = lists.vectors[used] / lengths[:, None]
+    # one row more: the self edge, without length and direction
+    lengths = torch.cat([lengths, lengths.new_zeros(1)])
+    units = torch.cat([units, -units, units.new_zeros(1, 3)])
+    rows = row_of_pair[pair]
+    turned = rows + (candidates >= half) * (len(lengths) - 1)
+
+    order = torch.sort(torch.cat([selves, receivers]), stable=True).indices
+
+    def packed(self_value: Tensor, edge_value: Tensor) -> Tensor:
+        values = torch.cat([self_value.expand(len(selves)), edge_value])
+        return values.index_select(0, order)
+
+    receivers = torch.cat([selves, receivers]).index_select(0, order)
+    counts = torch.bincount(receivers, minlength=atoms)
+    zero = lengths.new_zeros(1)
+    last = torch.tensor([len(lengths) - 1], device=pair.device)
     return NeighborGraph(
-        senders=senders[order],
+        senders=torch.cat([selves, lists.senders[candidates]]).index_select(0, order),
         receivers=receivers,
-        lengths=torch.where(directed, norms, 0.0)[:, 0],
-        directions=vectors / norms,
-        log_envelope=log_envelope[order],
-        exists=(directed[:, 0] | self_exists).to(vectors.dtype),
+        pairs=packed(last, rows),
+        pair_lengths=lengths,
+        directions=units.index_select(0, packed(2 * last, turned)),
+        log_envelope=packed(zero, log_envelope),
+        exists=packed(zero + float(self_exists), torch.ones_like(log_envelope)),
         counts=counts,
         num_slots=int(counts.max()),
     )

@@ -46,9 +46,11 @@ class OutputLayer(nn.Module):
         weight = self.final.weight[0]
         self.ffn.down.bias.copy_(weight / weight.square().sum())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        hidden = self.ffn(x)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """See the class; of ``norm(x)`` if a norm is given."""
+        if self.residual and norm is not None:
+            x, norm = norm(x), None
+        hidden = self.ffn(x, norm)
         return self.final(x + hidden if self.residual else hidden)
 
 
@@ -133,7 +135,7 @@ class DirectForceHead(_Head):
     def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
         """{"forces": [N, 3]}."""
         graph, node = emb["graph"], emb["node_features"]
-        terms = self.direction(self.edge_norm(emb["edge_features"])) * graph.directions
+        terms = self.direction(emb["edge_features"], self.edge_norm) * graph.directions
         if self.config.smooth:
             terms = terms * graph.envelope[:, None]
         total = terms.new_zeros(len(node), 3).index_add(0, graph.receivers, terms)

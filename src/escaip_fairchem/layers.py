@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from escaip_fairchem.kernels import recomputed_linear, rms_norm
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -38,13 +40,59 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` over the last axis, in fewer passes over memory."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[..., size] -> [..., size]; `weight` stands in for the norm's own."""
+        return rms_norm(x, self.weight if weight is None else weight)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last axis."""
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None):
+        """[..., size] -> [..., size]; `weight` and `bias` stand in for the norm's own."""
+        if weight is None:
+            weight, bias = self.weight, self.bias
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 def norm_factory(name: str, size: int) -> Callable[[], nn.Module]:
-    """A constructor of the named norm over `size` channels."""
+    """A constructor of the named norm over `size` channels.
+
+    A norm takes its input and, optionally, its own parameters, so that `prologue_linear` can
+    hand them over.
+    """
     return {
-        "rmsnorm": partial(nn.RMSNorm, size),
-        "layernorm": partial(nn.LayerNorm, size),
+        "rmsnorm": partial(RMSNorm, size),
+        "layernorm": partial(LayerNorm, size),
         "skip": nn.Identity,
     }[name]
+
+
+def prologue_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    prologue: Callable[..., Tensor | tuple[Tensor, ...]],
+    *inputs: Tensor,
+    random: bool = False,
+) -> Tensor:
+    """A linear map of the concatenation of ``prologue(*inputs)``, without keeping that.
+
+    Args:
+        weight: Of the linear map.
+        bias: Of the linear map.
+        prologue: Activations, norms, gathers: cheap enough to be done again in the backward
+            pass. Whatever needs a gradient must be among `inputs`.
+        *inputs: Tensors.
+        random: The prologue drops out, so it cannot be repeated and autograd keeps it.
+    """
+    if random:
+        parts = prologue(*inputs)
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        return F.linear(torch.cat(parts, dim=-1), weight, bias)
+    return recomputed_linear(prologue, weight, bias, *inputs)
 
 
 class ConcatLinear(nn.Linear):
@@ -58,11 +106,9 @@ class ConcatLinear(nn.Linear):
         super().__init__(sum(sizes), out_features)
         self.sizes = tuple(sizes)
 
-    def part(self, index: int, x: Tensor, *, bias: bool = False) -> Tensor:
-        """The share of part `index`: [..., sizes[index]] -> [..., out_features]."""
-        start = sum(self.sizes[:index])
-        weight = self.weight[:, start : start + self.sizes[index]]
-        return F.linear(x, weight, self.bias if bias else None)
+    def weights(self) -> tuple[Tensor, ...]:
+        """The share of each part in the weight, [out_features, sizes[i]]."""
+        return self.weight.split(self.sizes, dim=1)
 
 
 class FeedForward(nn.Module):
@@ -75,9 +121,18 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] -> [..., size]."""
-        return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """[..., size] -> [..., size]; of ``norm(x)`` if a norm is given."""
+        if norm is None:
+            hidden = self.up(x)
+        else:
+            hidden = prologue_linear(self.up.weight, self.up.bias, norm, x, *norm.parameters())
+        random = self.training and self.dropout.p > 0
+        down = self.down.weight, self.down.bias
+        return self.dropout(prologue_linear(*down, self._activated, hidden, random=random))
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        return self.dropout(self.activation(hidden))
 
 
 class StochasticDepth(nn.Module):

@@ -49,6 +49,13 @@ class Pairs:
         """The pairs where `mask` is true."""
         return Pairs(self.senders[mask], self.receivers[mask], self.offsets[mask])
 
+    def unordered(self) -> Pairs:
+        """Each pair once, [P / 2]: of i -> j and j -> i the one with i < j; of images, one sign."""
+        first = self.offsets.new_tensor([1.0, 1e-4, 1e-8])  # the sign of the first non-zero
+        sign = (self.offsets.clamp(-1, 1) * first).sum(-1)
+        same = self.senders == self.receivers
+        return self.select((self.senders < self.receivers) | (same & (sign > 0)))
+
     def vectors(self, structures: Structures) -> Tensor:
         """r_receiver - (r_sender + offset.cell), from neighbour to atom, Angstrom, [P, 3].
 
@@ -57,7 +64,8 @@ class Pairs:
         cell = structures.cell[structures.system_idx[self.receivers]]
         shift = times_matrix(self.offsets, cell)
         positions = structures.positions
-        return positions[self.receivers] - (positions[self.senders] + shift)
+        receivers = positions.index_select(0, self.receivers)
+        return receivers - (positions.index_select(0, self.senders) + shift)
 
 
 def times_matrix(vectors: Tensor, matrices: Tensor) -> Tensor:

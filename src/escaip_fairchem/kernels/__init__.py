@@ -1,7 +1,16 @@
-"""Neighbourhood attention: the names that the model knows."""
+"""Neighbourhood attention and lean linear maps: the names that the model knows."""
 
 from __future__ import annotations
 
+from escaip_fairchem.kernels.attention import packed_attention
+from escaip_fairchem.kernels.linear import banded_linear, recomputed_linear, rms_norm
 from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
 
-__all__ = ["AttentionGeometry", "neighbor_attention"]
+__all__ = [
+    "AttentionGeometry",
+    "banded_linear",
+    "neighbor_attention",
+    "packed_attention",
+    "recomputed_linear",
+    "rms_norm",
+]

@@ -6,7 +6,7 @@ A heads, D channels per head. Imports torch only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ class AttentionGeometry:
         cosines: Cosines between the edges of an atom, [N, 1, K, K]; None if unused.
         polynomials: P_l(cosines) for l = 0..lmax with P_l = 0 where an edge has no
             direction and l > 0, [N, 1, K, K] each; empty if unused.
+        rows: Index tensors by number of heads, kept for the next layer.
     """
 
     slots: Tensor
@@ -33,6 +34,7 @@ class AttentionGeometry:
     bias: Tensor
     cosines: Tensor | None
     polynomials: list[Tensor]
+    rows: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def build(
