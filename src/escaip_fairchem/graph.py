@@ -181,7 +181,7 @@ def _candidates(
     while True:
         pairs = find_pairs(structures, radius + SEARCH_MARGIN, config.neighbor_search).unordered()
         vectors = pairs.vectors(structures)
-        lengths = torch.linalg.vector_norm(vectors, dim=-1)
+        lengths = vectors.square().sum(-1).sqrt()
         inside = lengths <= radius
         ends = torch.cat([pairs.receivers[inside], pairs.senders[inside]])
         counts = torch.bincount(ends, minlength=n)
