@@ -198,3 +198,33 @@ def test_muon_trains_the_model():
         losses.append(loss.item())
     assert [name for name, p in model.named_parameters() if torch.equal(p, start[name])] == []
     assert losses[-1] < 0.5 * target.square().mean()
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "conservative"])
+def test_activation_checkpointing_changes_memory_only(direct):
+    """Same outputs and gradients to rounding (dropout on), with fewer tensors kept."""
+    batch = make_batch(slab())
+    kept, results = [], []
+    for switch in (False, True):
+        config = {"preset": "paper", "direct_forces": direct, "activation_checkpointing": switch}
+        heads = FORCES if direct else CONSERVATIVE
+        torch.manual_seed(0)
+        model = build(SMALL | config | {"mlp_dropout": 0.2}, heads).train()
+        sizes = {}
+
+        def note(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            out = model(batch.clone())
+        loss = sum(value[key].square().sum() for key, value in out.items())
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert kept[1] < (0.6 if direct else 1.0) * kept[0]
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-7)

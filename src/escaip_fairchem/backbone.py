@@ -9,6 +9,7 @@ from fairchem.core.common.utils import conditional_grad
 from fairchem.core.models.base import BackboneInterface
 from fairchem.core.models.uma.escn_md import GradRegressConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from escaip_fairchem.blocks import (
     BlockInputs,
@@ -161,16 +162,26 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
 
     def _encode(self, x: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Blocks and readouts: node features [N, H], edge features [E, H] or None."""
-        node, edge = self.input_block(x)
-        node_total = self.node_readout.add(None, 0, node)
-        edge_total = self.edge_readout.add(None, 0, edge) if self.edge_readout else None
+        state = self._read_out(0, *self.input_block(x), None, None)
         for index, block in enumerate(self.blocks, start=1):
-            node, edge = block(node, edge, x)
-            node_total = self.node_readout.add(node_total, index, node)
-            if self.edge_readout is not None:
-                edge_total = self.edge_readout.add(edge_total, index, edge)
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                state = checkpoint(self._layer, index, block, *state, x, use_reentrant=False)
+            else:
+                state = self._layer(index, block, *state, x)
+        node_total, edge_total = state[2:]
         edge_features = self.edge_readout.finish(edge_total) if self.edge_readout else None
         return self.node_readout.finish(node_total), edge_features
+
+    def _layer(self, index, block, node, edge, node_total, edge_total, x: BlockInputs):
+        """One block and its readouts: what activation checkpointing computes twice."""
+        return self._read_out(index, *block(node, edge, x), node_total, edge_total)
+
+    def _read_out(self, index: int, node, edge, node_total, edge_total):
+        """Node and edge features and the running projections, with readout `index` added."""
+        node_total = self.node_readout.add(node_total, index, node)
+        if self.edge_readout is not None:
+            edge_total = self.edge_readout.add(edge_total, index, edge)
+        return node, edge, node_total, edge_total
 
     def _initialize(self) -> None:
         """``paper``: Xavier-uniform; ``v2``: torch's defaults; biases zero in both; then `init`."""

@@ -193,6 +193,9 @@ class EScAIPConfig:
     energy_head_gain: float = None
     force_weights: str = "vector"  # "scalar" makes direct forces exactly equivariant
 
+    # training memory: keep each block's input only and compute the block twice
+    activation_checkpointing: bool = False
+
     init: str = "published"  # "resolved": distances and species tell edges apart from the start
 
     @classmethod
