@@ -164,7 +164,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         """Blocks and readouts: node features [N, H], edge features [E, H] or None."""
         state = self._read_out(0, *self.input_block(x), None, None)
         for index, block in enumerate(self.blocks, start=1):
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if self.config.checkpointing == "block" and torch.is_grad_enabled():
                 state = checkpoint(self._layer, index, block, *state, x, use_reentrant=False)
             else:
                 state = self._layer(index, block, *state, x)

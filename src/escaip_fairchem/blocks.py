@@ -77,6 +77,7 @@ class EdgeAttributes(nn.Module):
         self.output = ConcatLinear(sizes, config.hidden_size)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.mlp_dropout)
+        self.recompute = config.recompute
         nn.init.uniform_(self.source_species.weight, -0.001, 0.001)
         nn.init.uniform_(self.target_species.weight, -0.001, 0.001)
 
@@ -96,12 +97,12 @@ class EdgeAttributes(nn.Module):
     def terms(self, x: BlockInputs) -> tuple[Tensor, Tensor, Tensor]:
         """What `gather` adds up: terms of lengths [U, H], neighbours [N, H] and atoms [N, H]."""
         act, drop = self.activation, self.dropout
-        random = self.training and drop.p > 0
+        recompute = self.recompute and not (self.training and drop.p > 0)
         weights = self.output.weights()
         linear = self.distance
         distance = banded_linear(x.rbf.blocks, x.rbf.starts, linear.weight, linear.bias)
         distance = prologue_linear(
-            weights[0], self.output.bias, lambda d: drop(act(d)), distance, random=random
+            weights[0], self.output.bias, lambda d: drop(act(d)), distance, recompute=recompute
         )
         source = F.linear(drop(act(self.source_boo(x.boo))), weights[1])
         target = F.linear(drop(act(self.target_boo(x.boo))), weights[3])
@@ -141,6 +142,7 @@ class InputBlock(nn.Module):
             1,
             activation=config.activation,
             dropout=config.edge_ffn_dropout,
+            recompute=config.recompute,
         )
         self.node_norm = norm()
         self.edge_norm = norm() if edge_used else None
@@ -180,6 +182,7 @@ class NeighborAttention(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.mlp_dropout)
         self.attention_dropout = config.attention_dropout
+        self.recompute = config.recompute
         self.heads = config.num_heads
         self.frequencies = config.frequency_list if config.angular == "legendre" else ()
         self.scale = 1.0 / math.sqrt(attention_width(config))
@@ -190,13 +193,14 @@ class NeighborAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Normed node [N, H] and edge [E, H] features, its norm -> updates of nodes and edges."""
         attributes = self.attributes
-        random = self.training and self.dropout.p > 0
+        again = {"recompute": self.recompute}
         sender, receiver = self.pair.weights()
         inputs = [*attributes.terms(x), F.linear(node, sender)]
         inputs.append(F.linear(node, receiver, self.pair.bias))
         if self.edge is not None:
             linear = self.edge.weight, self.edge.bias
-            inputs.append(prologue_linear(*linear, edge_norm, edge, *edge_norm.parameters()))
+            norm = edge_norm.parameters()
+            inputs.append(prologue_linear(*linear, edge_norm, edge, *norm, **again))
         count = len(inputs)
 
         def parts(*given: Tensor) -> tuple[Tensor, ...]:
@@ -210,10 +214,11 @@ class NeighborAttention(nn.Module):
 
         inputs += self.attribute_norm.parameters()
         linear = self.message.weight, self.message.bias
-        message = prologue_linear(*linear, parts, *inputs, random=random)
+        repeatable = self.recompute and not (self.training and self.dropout.p > 0)
+        message = prologue_linear(*linear, parts, *inputs, recompute=repeatable)
         norm = self.message_norm.parameters()
         linear = self.qkv.weight, self.qkv.bias
-        qkv = prologue_linear(*linear, self._normed_message, message, *norm)
+        qkv = prologue_linear(*linear, self._normed_message, message, *norm, **again)
         attended = packed_attention(
             qkv.unflatten(-1, (3, self.heads, -1)),
             x.attention,
@@ -254,6 +259,7 @@ class TransformerBlock(nn.Module):
                 config.ffn_multiplier,
                 activation=config.activation,
                 dropout=dropout,
+                recompute=config.recompute,
             )
 
         self.attention = NeighborAttention(config, norm)
@@ -299,6 +305,7 @@ class Readout(nn.Module):
                 config.readout_multiplier,
                 activation=config.activation,
                 dropout=config.mlp_dropout,
+                recompute=config.recompute,
             )
             for _ in range(parts)
         )

@@ -120,6 +120,7 @@ _CHOICES = {
     "energy_reduce": ("sum", "mean"),
     "force_weights": ("vector", "scalar"),
     "init": ("published", "resolved"),
+    "checkpointing": ("none", "pointwise", "block"),
     "norm": ("rmsnorm", "layernorm", "skip"),
     "activation": ("gelu", "relu", "leaky_relu", "squared_relu", "smelu", "star_relu"),
     "neighbor_search": ("auto", "fairchem", "vesin", "nvidia"),
@@ -193,8 +194,9 @@ class EScAIPConfig:
     energy_head_gain: float = None
     force_weights: str = "vector"  # "scalar" makes direct forces exactly equivariant
 
-    # training memory: keep each block's input only and compute the block twice
-    activation_checkpointing: bool = False
+    # training memory: keep everything | of a direct model, compute activations, norms and gathers
+    # again in the backward pass | compute whole blocks again
+    checkpointing: str = "pointwise"
 
     init: str = "published"  # "resolved": distances and species tell edges apart from the start
 
@@ -232,6 +234,14 @@ class EScAIPConfig:
     def edge_outputs(self) -> bool:
         """Whether a head reads edge features (direct forces or direct stress)."""
         return (self.regress_forces and self.direct_forces) or self.direct_stress
+
+    @property
+    def recompute(self) -> bool:
+        """Whether cheap operations are repeated in the backward pass.
+
+        Not under a gradient that is differentiated again: its graph holds what they repeat.
+        """
+        return self.checkpointing == "pointwise" and self.edge_outputs
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, lists instead of tuples, as stored in a checkpoint."""

@@ -33,6 +33,7 @@ class OutputLayer(nn.Module):
             config.output_multiplier,
             activation=config.activation,
             dropout=dropout,
+            recompute=config.recompute,
         )
         self.final = nn.Linear(config.hidden_size, outputs, bias=False)
         self.residual = config.layout == "paper"

@@ -76,9 +76,9 @@ def prologue_linear(
     bias: Tensor | None,
     prologue: Callable[..., Tensor | tuple[Tensor, ...]],
     *inputs: Tensor,
-    random: bool = False,
+    recompute: bool,
 ) -> Tensor:
-    """A linear map of the concatenation of ``prologue(*inputs)``, without keeping that.
+    """A linear map of the concatenation of ``prologue(*inputs)``, which is never formed.
 
     Args:
         weight: Of the linear map.
@@ -86,13 +86,19 @@ def prologue_linear(
         prologue: Activations, norms, gathers: cheap enough to be done again in the backward
             pass. Whatever needs a gradient must be among `inputs`.
         *inputs: Tensors.
-        random: The prologue drops out, so it cannot be repeated and autograd keeps it.
+        recompute: Repeat the prologue in the backward pass instead of keeping its parts; one
+            that drops out cannot be repeated.
     """
-    if random:
-        parts = prologue(*inputs)
-        parts = parts if isinstance(parts, tuple) else (parts,)
-        return F.linear(torch.cat(parts, dim=-1), weight, bias)
-    return recomputed_linear(prologue, weight, bias, *inputs)
+    if recompute:
+        return recomputed_linear(prologue, weight, bias, *inputs)
+    parts = prologue(*inputs)
+    if not isinstance(parts, tuple):
+        return F.linear(parts, weight, bias)
+    weights = weight.split([part.shape[-1] for part in parts], dim=1)
+    total = F.linear(parts[0], weights[0], bias)
+    for part, share in zip(parts[1:], weights[1:], strict=True):
+        total = total + F.linear(part, share)
+    return total
 
 
 class ConcatLinear(nn.Linear):
@@ -114,8 +120,11 @@ class ConcatLinear(nn.Linear):
 class FeedForward(nn.Module):
     """Two linear layers with an activation between and dropout after each."""
 
-    def __init__(self, size: int, multiplier: int, *, activation: str, dropout: float) -> None:
+    def __init__(
+        self, size: int, multiplier: int, *, activation: str, dropout: float, recompute: bool
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.up = nn.Linear(size, multiplier * size)
         self.down = nn.Linear(multiplier * size, size)
         self.activation = ACTIVATIONS[activation]
@@ -126,10 +135,11 @@ class FeedForward(nn.Module):
         if norm is None:
             hidden = self.up(x)
         else:
-            hidden = prologue_linear(self.up.weight, self.up.bias, norm, x, *norm.parameters())
-        random = self.training and self.dropout.p > 0
+            up = self.up.weight, self.up.bias
+            hidden = prologue_linear(*up, norm, x, *norm.parameters(), recompute=self.recompute)
+        recompute = self.recompute and not (self.training and self.dropout.p > 0)
         down = self.down.weight, self.down.bias
-        return self.dropout(prologue_linear(*down, self._activated, hidden, random=random))
+        return self.dropout(prologue_linear(*down, self._activated, hidden, recompute=recompute))
 
     def _activated(self, hidden: Tensor) -> Tensor:
         return self.dropout(self.activation(hidden))

@@ -124,18 +124,17 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx, tiles, keep, qkv, bias, *polynomials):
         ctx.tiles = tiles
-        ctx.save_for_backward(keep, qkv, bias, *polynomials)
         q, k, v = tiles.pad_qkv(qkv)
         weights = _weights(tiles, q, k, bias, polynomials)
+        ctx.save_for_backward(keep, weights, qkv, bias, *polynomials)
         return tiles.unpad((weights if keep is None else weights * keep).to(v.dtype) @ v)
 
     @staticmethod
     def backward(ctx, grad):
-        keep, qkv, bias, *polynomials = ctx.saved_tensors
+        keep, weights, *inputs = ctx.saved_tensors
         geometry = any(ctx.needs_input_grad[3:])
-        grads = _AttentionGrad.apply(ctx.tiles, geometry, keep, grad, qkv, bias, *polynomials)
-        grad_qkv, *rest = grads
-        return None, None, grad_qkv, *(rest if geometry else [None] * (1 + len(polynomials)))
+        grads = _AttentionGrad.apply(ctx.tiles, geometry, keep, weights, grad, *inputs)
+        return None, None, *(grads if geometry else [*grads, *[None] * (len(inputs) - 1)])
 
 
 class _AttentionGrad(Function):
@@ -147,12 +146,12 @@ class _AttentionGrad(Function):
     """
 
     @staticmethod
-    def forward(ctx, tiles, geometry, keep, grad, qkv, bias, *polynomials):
+    def forward(ctx, tiles, geometry, keep, weights, grad, qkv, bias, *polynomials):
         ctx.tiles, ctx.geometry = tiles, geometry
-        ctx.save_for_backward(keep, grad, qkv, bias, *polynomials)
+        ctx.save_for_backward(keep, weights, grad, qkv, bias, *polynomials)
         q, k, v = padded = tiles.pad_qkv(qkv)
         grad = tiles.pad(grad)
-        _, attended, _, _, slope = _softmax_parts(tiles, keep, grad, q, k, v, bias, polynomials)
+        attended, _, _, slope = _softmax_parts(keep, weights, grad, v)
         dq, dk, dv = grads = torch.empty_like(padded)
         torch.matmul(attended.to(v.dtype).transpose(-1, -2), grad, out=dv)
         scaled = slope * tiles.scale
@@ -170,11 +169,11 @@ class _AttentionGrad(Function):
     def backward(ctx, grad_qkv, grad_bias=None, *grad_polynomials):
         """Second derivative; the letters are those of the class and of the comments."""
         tiles = ctx.tiles
-        keep, grad, qkv, bias, *polynomials = ctx.saved_tensors
+        keep, weights, grad, qkv, bias, *polynomials = ctx.saved_tensors
         q, k, v = padded = tiles.pad_qkv(qkv)
         gq, gk, gv = tiles.pad_qkv(grad_qkv)
         grad = tiles.pad(grad)
-        weights, attended, dA, D, dS = _softmax_parts(tiles, keep, grad, q, k, v, bias, polynomials)
+        attended, dA, D, dS = _softmax_parts(keep, weights, grad, v)
         # G, the cotangent of dS
         G = torch.zeros_like(dS) if grad_bias is None else grad_bias.expand_as(dS).clone()
         for l, q_l, k_l, gq_l, gk_l in tiles.segments(q, k, gq, gk):
@@ -194,7 +193,7 @@ class _AttentionGrad(Function):
         to_q, to_k, to_v = to_padded = torch.empty_like(padded)
         torch.matmul(kept.transpose(-1, -2), grad, out=to_v)
         to_polynomials: list[Tensor | None] = [None] * len(polynomials)
-        needs_geometry = any(ctx.needs_input_grad[5:])
+        needs_geometry = any(ctx.needs_input_grad[6:])
         for l, q_l, k_l, gq_l, gk_l, to_q_l, to_k_l in tiles.segments(q, k, gq, gk, to_q, to_k):
             first, second = T, dS
             if l:
@@ -211,7 +210,7 @@ class _AttentionGrad(Function):
                 to_polynomials[l - 1] = total.mul_(tiles.scale)
         to_bias = T.sum_to_size(bias.shape) if needs_geometry else None
         to_qkv = tiles.unpad_qkv(to_padded)
-        return None, None, None, tiles.unpad(to_grad), to_qkv, to_bias, *to_polynomials
+        return *[None] * 4, tiles.unpad(to_grad), to_qkv, to_bias, *to_polynomials
 
 
 def _weights(tiles: _Tiles, q: Tensor, k: Tensor, bias: Tensor, polynomials) -> Tensor:
@@ -223,15 +222,14 @@ def _weights(tiles: _Tiles, q: Tensor, k: Tensor, bias: Tensor, polynomials) -> 
     return logits.softmax(-1)
 
 
-def _softmax_parts(tiles, keep, grad, q, k, v, bias, polynomials):
-    """A, A with dropout, dA, rowsum(A dA), dS."""
-    weights = _weights(tiles, q, k, bias, polynomials)
+def _softmax_parts(keep: Tensor | None, weights: Tensor, grad: Tensor, v: Tensor):
+    """A with dropout, dA, rowsum(A dA), dS."""
     attended = weights if keep is None else weights * keep
     d_weights = (grad @ v.transpose(-1, -2)).to(weights.dtype)
     if keep is not None:
         d_weights = d_weights * keep
     mean = (weights * d_weights).sum(-1, keepdim=True)
-    return weights, attended, d_weights, mean, weights * (d_weights - mean)
+    return attended, d_weights, mean, weights * (d_weights - mean)
 
 
 def _polynomial_grads(tiles: _Tiles, scaled: Tensor, q: Tensor, k: Tensor, polynomials):
