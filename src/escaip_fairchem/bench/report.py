@@ -24,7 +24,8 @@ class Row:
         unit: Of min, median and max: ``ms``, ``s``, ``MiB`` or ``steps/s``.
         systems: Structures of the batch.
         atoms: Atoms of the batch.
-        ratio: The other model's smallest value over this one's; above 1, this one is better.
+        ratio: Smallest value of the reference (the built-in, or EScAIP beside peers) over this
+            one's: above 1, this one is better.
         error: Largest difference from the built-in in float32, relative to the largest value.
         common: Columns that say what was run: config, kind, domain, precision, device, threads.
     """
@@ -137,6 +138,6 @@ def _rounded(value: Any) -> Any:
 
 
 def _line(cells: tuple[Any, ...]) -> str:
-    widths = (14, 30, 7, 7, 9, 9, 9, 8)
+    widths = (20, 23, 7, 7, 9, 9, 9, 8)
     left = [str(c).ljust(w) for c, w in zip(cells[:2], widths[:2], strict=True)]
     return " ".join(left + [str(c).rjust(w) for c, w in zip(cells[2:], widths[2:], strict=True)])

@@ -86,7 +86,7 @@ def crystal(seed: int) -> Atoms:
     return _rattled(atoms, seed)
 
 
-def solid(atoms: int, seed: int = 0) -> Atoms:
+def solid(atoms: int, seed: int = 0, *, rattle: bool = True) -> Atoms:
     """A doped fcc crystal of about `atoms` atoms, for sizes that no other domain has."""
     if atoms < 4:
         raise UserError(f"{atoms} atoms: the smallest crystal here has 4")
@@ -95,7 +95,7 @@ def solid(atoms: int, seed: int = 0) -> Atoms:
     crystal_ = bulk("Cu", cubic=True).repeat((edge, edge, length))
     random = np.random.default_rng(seed)
     crystal_.symbols[random.random(len(crystal_)) < 0.1] = "Au"
-    return _rattled(crystal_, seed)
+    return _rattled(crystal_, seed) if rattle else crystal_
 
 
 #: Name on the command line -> maker of one structure from a seed.
