@@ -99,7 +99,7 @@ def saved_bytes(run: Callable[[], Any], model: torch.nn.Module) -> int:
         if storage._cdata not in own and storage._cdata not in seen:
             # the reference keeps the identity from being used again, not the data
             seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that is saved as it is would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()

@@ -49,7 +49,12 @@ def one_batch(command: str, settings: Settings, report: Report) -> None:
 
 
 def each(command: str, settings: Settings, report: Report, structures: list[Atoms]) -> None:
-    """Every structure by itself; those where the models differ are named and not measured."""
+    """Every structure by itself; those where the models differ are named and not measured.
+
+    The built-in reads no `pbc`: either all structures are molecules, or all are periodic.
+    """
+    periodic = any(atoms.pbc.any() for atoms in structures)
+    settings = dataclasses.replace(settings, domain="file" if periodic else "molecules")
     comparison = Comparison(settings)
     for index, atoms in enumerate(structures):
         try:
