@@ -14,7 +14,7 @@ from ase.io import write
 from torch import nn
 
 from escaip_fairchem import UserError
-from escaip_fairchem.bench import measure, others, peer_worker, sweep
+from escaip_fairchem.bench import gpu, measure, others, peer_worker, sweep
 from escaip_fairchem.bench.compare import BUILTIN, OURS, Comparison
 from escaip_fairchem.bench.graph import _builtin_gib
 from escaip_fairchem.bench.pair import model_pair
@@ -195,9 +195,9 @@ def test_a_row_of_each_model_in_one_table(tmp_path, capsys):
 
 def test_sweep_writes_rows_and_a_figure(tmp_path, capsys):
     out = tmp_path / "sweep.csv"
-    argv = ["bench", "forward", *TINY, "--domain", "molecules", "--sweep-batch", "1"]
-    assert main([*argv, "--batches", "2", "--out", str(out)]) == 0
-    assert len(rows_of(out)) == 2 * 2 * 2
+    argv = ["bench", "forward", *TINY, "--domain", "crystals", "--sweep-batch", "1"]
+    assert main([*argv, "--seed", "5", "--batches", "1", "--out", str(out)]) == 0
+    assert [row["quantity"] for row in rows_of(out)] == ["forward"] * 2 + ["peak of inference"] * 2
     figure = tmp_path / "sweep.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert str(figure) in capsys.readouterr().out
@@ -224,6 +224,16 @@ def test_dynamics_runs_through_the_calculator(tmp_path):
     argv = ["bench", "md", *TINY, "--sizes", "8", "--steps", "1", "--out", str(out)]
     assert main(argv) == 0
     assert [row["model"] for row in rows_of(out)][-1] == "ours, calculator"
+
+
+def test_what_runs_on_a_gpu_runs_on_a_cpu():
+    """The loop of ``escaip bench gpu``; a failure of one measurement does not end it."""
+    report = Report("gpu", None)
+    settings = Settings(hidden=64, layers=1, repeats=1, domain="crystals", seed=5, precision="bf16")
+    gpu.one_model(settings, report, {"forward": 8}, 8, 1)
+    assert [row.quantity for row in report.rows] == ["forward"] * 2 + ["md step"] * 3
+    gpu.one_model(settings, report, {"forward": 8}, 1, 1)  # no crystal of one atom
+    assert len(report.rows) == 7
 
 
 def test_peers_of_the_installed_fairchem(tmp_path, capsys):

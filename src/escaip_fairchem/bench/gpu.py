@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: (hidden, layers) of the models.
 SIZES = ((256, 4), (512, 10))
+KINDS = ("direct", "conservative")
+PRECISIONS = ("bf16", "tf32", "fp32")
 
 #: Atoms in a batch; the built-in's training step takes tens of MiB for each.
 ATOMS = {"forward": 4000, "train": 800, "memory": 800}
@@ -37,21 +39,29 @@ def run(settings: Settings, report: Report) -> None:
     """
     if not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device here; the other subcommands run on CPUs")
-    kinds, numerics = ("direct", "conservative"), ("bf16", "tf32", "fp32")
-    for (hidden, layers), kind, precision in itertools.product(SIZES, kinds, numerics):
-        changed = dataclasses.replace(
-            settings,
-            hidden=hidden,
-            layers=layers,
-            kind=kind,
-            precision=precision,
-            device="cuda",
-        )
+    on_gpu = dataclasses.replace(settings, device="cuda")
+    for (hidden, layers), kind, precision in itertools.product(SIZES, KINDS, PRECISIONS):
         print(f"H{hidden} L{layers}, {kind}, {precision}")
-        _guarded(sweep.one_batch, "forward", changed, report)
-        _guarded(sweep.one_batch, "train", changed, report)
-        _guarded(sweep.one_batch, "memory", changed, report)
-        _guarded(md.run, changed, report, [MD_ATOMS], MD_STEPS)
+        model = {"hidden": hidden, "layers": layers, "kind": kind, "precision": precision}
+        one_model(dataclasses.replace(on_gpu, **model), report, ATOMS, MD_ATOMS, MD_STEPS)
+
+
+def one_model(
+    settings: Settings, report: Report, atoms: dict[str, int], md_atoms: int, md_steps: int
+) -> None:
+    """Forward, training step, memory and dynamics of one model.
+
+    Args:
+        settings: The model.
+        report: Takes the rows.
+        atoms: Subcommand -> atoms in its batch.
+        md_atoms: Atoms of the crystal that dynamics runs on.
+        md_steps: Steps of each turn.
+    """
+    for command, size in atoms.items():
+        sized = dataclasses.replace(settings, atoms=size)
+        _guarded(sweep.one_batch, command, sized, report)
+    _guarded(md.run, settings, report, [md_atoms], md_steps)
 
 
 def _guarded(measure, *arguments) -> None:
@@ -60,4 +70,5 @@ def _guarded(measure, *arguments) -> None:
         measure(*arguments)
     except (UserError, torch.OutOfMemoryError) as error:
         print(f"not measured: {error}")
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -77,7 +77,7 @@ class Report:
             print(_line(("model", "quantity", "systems", "atoms", "min", "median", "max", "ratio")))
         self.rows.append(row)
         values = (f"{v:.4g}" for v in (row.min, row.median, row.max))
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+        ratio = "" if row.ratio is None else f"{row.ratio:.3g}x"
         cells = (row.model, f"{row.quantity}, {row.unit}", row.systems, row.atoms, *values, ratio)
         print(_line(cells), flush=True)
         if self.out is not None:
