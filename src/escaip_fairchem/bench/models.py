@@ -159,7 +159,9 @@ class Models:
         model.zero_grad(set_to_none=True)
         result = plain_outputs(model(batch))
         labelled = [result[key] for key in ("energy", "forces", "stress") if key in result]
-        sum(value.float().square().mean() for value in labelled).backward()
+        loss = sum(value.float().square().mean() for value in labelled)
+        with torch.autocast(self.device.type, enabled=False):  # it is for forwards only
+            loss.backward()
 
     def set_training(self, training: bool) -> None:
         """Train or eval; as in inference, weights need no gradient unless training."""
