@@ -2,89 +2,36 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
-import torch
 from ase.build import add_adsorbate, bulk, fcc111, fcc211, molecule
 from ase.io import read
-from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
-from fairchem.core.models.base import HydraModel
 
-from escaip_fairchem import EScAIP
-from escaip_fairchem.checkpoint import convert_state_dict
+from escaip_fairchem.bench import pair
+from escaip_fairchem.bench.pair import batch_of, model_pair, outputs
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ase import Atoms
 
-BUILTIN = "fairchem.core.models.escaip.EScAIP."
+__all__ = ["batch_of", "model_pair", "outputs"]
+
+#: Sizes of the models in the tests; nothing overflows 60 slots, whatever the structure.
+SMALL = {
+    "hidden_size": 128,
+    "num_layers": 2,
+    "edge_distance_embedding_size": 64,
+    "atten_num_heads": 2,
+    "atten_name": "math",
+    "max_batch_size": 16,
+    "knn_pad_size": 60,
+}
 
 
-def builtin_config(*, direct: bool, stress: bool = False, use_pbc: bool = True, **changes) -> dict:
+def builtin_config(**changes) -> dict:
     """Backbone keys of the built-in model, small; padding and compile off."""
-    config = {
-        "regress_forces": True,
-        "direct_forces": direct,
-        "regress_stress": stress,
-        "use_pbc": use_pbc,
-        "hidden_size": 128,
-        "num_layers": 2,
-        "edge_distance_embedding_size": 64,
-        "atten_num_heads": 2,
-        "atten_name": "math",
-        "max_num_elements": 110,
-        "max_atoms": 300,
-        "max_batch_size": 16,
-        "max_radius": 6.0,
-        "knn_k": 30,
-        "knn_soft": True,
-        "knn_sigmoid_scale": 0.2,
-        "knn_lse_scale": 0.1,
-        "knn_use_low_mem": True,
-        "knn_pad_size": 60,
-        "use_compile": False,
-        "use_padding": False,
-    }
-    return config | changes
-
-
-def model_pair(config: dict, seed: int = 0) -> tuple[HydraModel, EScAIP]:
-    """The built-in model with random weights away from their start, and ours with the same."""
-    torch.manual_seed(seed)
-    direct = config["direct_forces"]
-    if direct:
-        heads = {"energy": "EScAIPEnergyHead", "forces": "EScAIPDirectForceHead"}
-        heads = {name: {"module": BUILTIN + cls} for name, cls in heads.items()}
-        own_heads = {
-            "energy": {"module": "escaip_fairchem.EnergyHead"},
-            "forces": {"module": "escaip_fairchem.DirectForceHead"},
-        }
-    else:
-        # wrap_property: True crashes upstream (a dict is taken for a tensor)
-        cls = BUILTIN + "EScAIPGradientEnergyForceStressHead"
-        heads = {"efs": {"module": cls, "wrap_property": False}}
-        own_heads = {"efs": {"module": "escaip_fairchem.ConservativeHead"}}
-    reference = HydraModel(
-        backbone={"model": BUILTIN + "EScAIPBackbone", **copy.deepcopy(config)},
-        heads=heads,
-        pass_through_head_outputs=not direct,
-    )
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    own = EScAIP(
-        backbone={
-            "model": "escaip_fairchem.EScAIPBackbone",
-            "preset": "v2",
-            "energy_head_norm": direct,
-            **config,
-        },
-        heads=own_heads,
-    )
-    own.load_state_dict(convert_state_dict(reference.state_dict(), conservative=not direct))
-    return reference.eval(), own.eval()
+    return pair.builtin_config(**(SMALL | changes))
 
 
 def periodic_structures(data: Path | None) -> dict[str, list[Atoms]]:
@@ -128,14 +75,3 @@ def molecular_structures(data: Path | None) -> dict[str, list[Atoms]]:
         for index, atoms in enumerate(read(data / "spice_sample.extxyz.gz", "::100")):
             batches[f"spice_{index}"] = [atoms]
     return batches
-
-
-def batch_of(structures: list[Atoms]) -> AtomicData:
-    """fairchem's batch of the structures."""
-    return atomicdata_list_to_batch([AtomicData.from_ase(a, task_name="oc20") for a in structures])
-
-
-def outputs(model, batch: AtomicData) -> dict[str, torch.Tensor]:
-    """{property: tensor} of either model, computed on a copy of the batch."""
-    result = model(batch.clone())
-    return {k: v[k] if isinstance(v, dict) else v for k, v in result.items()}

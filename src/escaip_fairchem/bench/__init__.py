@@ -1,0 +1,1 @@
+"""What ``escaip bench`` measures, one module per question; see ``benchmarks/README.md``."""

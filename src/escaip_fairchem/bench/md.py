@@ -1,0 +1,183 @@
+"""``escaip bench md``: steps of molecular dynamics in ASE, through the package's calculator.
+
+fairchem 2.24 cannot build a calculator of its built-in EScAIP, so that one is called without
+any calculator around it; ours is measured both ways, except in TF32, which fairchem's predict
+unit switches off.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ase import units
+from ase.calculators.calculator import Calculator, all_changes
+from ase.md.verlet import VelocityVerlet
+from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
+
+from escaip_fairchem.bench.compare import BUILTIN, OURS, Comparison
+from escaip_fairchem.bench.measure import (
+    Call,
+    Spread,
+    interleaved,
+    kept_attention_switches,
+    precision,
+)
+from escaip_fairchem.bench.pair import batch_of, outputs, own_model_config
+from escaip_fairchem.bench.report import Row
+from escaip_fairchem.bench.structures import solid
+from escaip_fairchem.inference import calculator
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from escaip_fairchem.bench.report import Report
+    from escaip_fairchem.bench.settings import Settings
+
+#: Random weights give forces of any size; a step this short leaves the atoms where they are.
+TIME_STEP = 1e-3 * units.fs
+
+CALCULATOR, BARE = "ours, calculator", f"{OURS}, bare model"
+
+
+def run(settings: Settings, report: Report, sizes: list[int], steps: int) -> None:
+    """Time velocity Verlet of a rattled crystal of each size.
+
+    Args:
+        settings: Model, device, precision, repeats (of `steps` steps each).
+        report: Takes the rows, in milliseconds per step.
+        sizes: About how many atoms.
+        steps: Steps of each measurement.
+    """
+    comparison = Comparison(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "inference_ckpt.pt"
+        _save(comparison.models[OURS], settings, path)
+        own = calculator(path, device=settings.device)
+    calculators: dict[str, Calculator] = {
+        f"{BUILTIN}, bare model": _BareModel(comparison, BUILTIN),
+        BARE: _BareModel(comparison, OURS),
+    }
+    if settings.precision != "tf32":
+        calculators[CALCULATOR] = own
+    for size in sizes:
+        atoms = solid(size, settings.seed)
+        comparison.errors([atoms])
+        calls = {name: _steps(atoms, each, steps) for name, each in calculators.items()}
+        with precision(settings.precision, comparison.device):
+            spreads = _timed(calls, settings.repeats, comparison.device)
+        for name, spread in spreads.items():
+            report.add(_row(name, spreads, spread, settings, atoms, steps))
+            print(f"  {steps / spread.min:.3g} steps per second")
+
+
+def _row(
+    name: str,
+    spreads: dict[str, Spread],
+    spread: Spread,
+    settings: Settings,
+    atoms: Atoms,
+    steps: int,
+) -> Row:
+    reference = next(iter(spreads))
+    scale = 1e3 / steps
+    return Row(
+        model=name,
+        quantity="md step",
+        unit="ms",
+        systems=1,
+        atoms=len(atoms),
+        min=scale * spread.min,
+        median=scale * spread.median,
+        max=scale * spread.max,
+        repeats=spread.repeats,
+        ratio=None if name == reference else spreads[reference].min / spread.min,
+        common=settings.columns() | {"domain": "solid"},
+    )
+
+
+def _steps(atoms: Atoms, used: Calculator, steps: int) -> Call:
+    def prepare() -> VelocityVerlet:
+        moving = atoms.copy()
+        moving.calc = used
+        dynamics = VelocityVerlet(moving, TIME_STEP)
+        dynamics.run(1)  # evaluates the first forces
+        return dynamics
+
+    return Call(prepare, lambda dynamics: dynamics.run(steps))
+
+
+def _timed(calls: dict[str, Call], repeats: int, device: torch.device) -> dict[str, Spread]:
+    """On a GPU by the wall clock: between kernels the host works too, and a step waits for it."""
+    if device.type != "cuda":
+        return interleaved(calls, repeats, device)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            dynamics = call.prepare()
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            call.run(dynamics)
+            torch.cuda.synchronize(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Spread.of(values) for name, values in seconds.items()}
+
+
+class _BareModel(Calculator):
+    """A model called on fairchem's batch of one structure, without units or references."""
+
+    implemented_properties = ("energy", "forces")
+
+    def __init__(self, comparison: Comparison, name: str) -> None:
+        super().__init__()
+        self.comparison, self.model = comparison, comparison.models[name]
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: list[str] | tuple[str, ...] = ("energy",),
+        system_changes: list[str] = all_changes,
+    ) -> None:
+        """Energy and forces of the current atoms."""
+        super().calculate(atoms, properties, system_changes)
+        used = self.comparison
+        batch = batch_of([self.atoms]).to(used.device)
+        gradients = torch.set_grad_enabled(not used.settings.direct)
+        with gradients, kept_attention_switches():
+            found = outputs(self.model, batch)
+        self.results["energy"] = float(found["energy"].detach())
+        self.results["forces"] = found["forces"].detach().cpu().double().numpy()
+
+
+def _save(model: torch.nn.Module, settings: Settings, path: Path) -> None:
+    """An inference checkpoint, as fairchem's trainer writes it, of a model with random weights."""
+    weights = model.state_dict()
+    checkpoint = MLIPInferenceCheckpoint(
+        model_config={"_target_": "escaip_fairchem.EScAIP", **own_model_config(settings.config())},
+        model_state_dict=weights,
+        ema_state_dict={"n_averaged": torch.tensor(1)}
+        | {f"module.{name}": value for name, value in weights.items()},
+        tasks_config=[_task("energy", "system", 1), _task("forces", "atom", 3)],
+    )
+    torch.save(checkpoint, path)
+
+
+def _task(name: str, level: str, size: int) -> dict[str, Any]:
+    unit = "fairchem.core.units.mlip_unit.mlip_unit."
+    return {
+        "_target_": unit + "Task",
+        "name": name,
+        "level": level,
+        "property": name,
+        "out_spec": {"_target_": unit + "OutputSpec", "dim": [size], "dtype": "float32"},
+        "normalizer": {
+            "_target_": "fairchem.core.modules.normalization.normalizer.Normalizer",
+            "mean": 0.0,
+            "rmsd": 1.0,
+        },
+        "datasets": ["oc20"],
+    }

@@ -1,0 +1,130 @@
+"""Peers that need packages of their own: each runs in another environment, by its Python."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from escaip_fairchem.bench import peer_worker
+from escaip_fairchem.bench.measure import Spread
+from escaip_fairchem.bench.report import Row
+from escaip_fairchem.errors import UserError
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+    from escaip_fairchem.bench.settings import Settings
+
+#: Other models: name -> packages of their environment.
+OTHERS = {
+    "equiformer_v2": "fairchem-core==1.10.0",
+    "escn": "fairchem-core==1.10.0",
+    "gemnet_oc": "fairchem-core==1.10.0",
+    "mace": "mace-torch",
+}
+
+GUIDE = """\
+Peers of the installed fairchem need nothing: {esen}.
+Others need an environment of their own; make one, then name its Python:
+
+  python3.11 -m venv peers-v1 && peers-v1/bin/pip install "setuptools<80" wheel \\
+      fairchem-core==1.10.0 && peers-v1/bin/pip install --no-build-isolation \\
+      torch-scatter torch-sparse
+  escaip bench peers --python peers-v1/bin/python --peers equiformer_v2,escn,gemnet_oc
+
+  python3.11 -m venv peers-mace && peers-mace/bin/pip install mace-torch
+  escaip bench peers --python peers-mace/bin/python --peers mace
+
+The first compiles torch-scatter and torch-sparse, with a C++ compiler, for minutes.
+EMT of ASE, a classical potential, is always measured, in double precision."""
+
+
+def guide(installed: list[str]) -> str:
+    """Which peers there are, those of the installed fairchem first, and how to get the others."""
+    return GUIDE.format(esen=", ".join(installed))
+
+
+def measure_other(
+    name: str, python: Path, settings: Settings, structures: list[Atoms], ours: float | None
+) -> Row:
+    """Run the worker in another environment, in a process of its own.
+
+    Args:
+        name: Key of `OTHERS`.
+        python: Python of the environment.
+        settings: Threads and repeats.
+        structures: The batch.
+        ours: Milliseconds of EScAIP, for the ratio.
+
+    Returns:
+        The row.
+
+    Raises:
+        UserError: The model does not run there; the last line of its error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
+        task.write_text(json.dumps(_task(name, settings, structures)))
+        command = [str(python), peer_worker.__file__, str(task), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not answer.exists():
+            reason = (done.stderr.strip() or "no output").splitlines()[-1]
+            raise UserError(f"{name} does not run in {python}: {reason}")
+        found = json.loads(answer.read_text())
+    print(f"{name}: {found['parameters'] / 1e6:.1f} M parameters, {found['versions']}")
+    columns = settings.columns() | {"config": found["config"], "kind": found["kind"]}
+    return forward_row(name, Spread.of(found["seconds"]), columns, structures, ours)
+
+
+def _task(name: str, settings: Settings, structures: list[Atoms]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "repeats": settings.repeats,
+        "threads": settings.threads,
+        "structures": [
+            {
+                "numbers": atoms.numbers.tolist(),
+                "positions": atoms.positions.tolist(),
+                "cell": atoms.cell.array.tolist(),
+                "pbc": atoms.pbc.tolist(),
+            }
+            for atoms in structures
+        ],
+    }
+
+
+def forward_row(
+    name: str,
+    spread: Spread,
+    columns: dict[str, Any],
+    structures: list[Atoms],
+    ours: float | None,
+) -> Row:
+    """A row of a peer that is not measured in turn with EScAIP.
+
+    Args:
+        name: Of the peer.
+        spread: Seconds.
+        columns: What was run.
+        structures: The batch.
+        ours: Milliseconds of EScAIP, for the ratio.
+
+    Returns:
+        The row, in milliseconds.
+    """
+    return Row(
+        model=name,
+        quantity="forward",
+        unit="ms",
+        systems=len(structures),
+        atoms=sum(map(len, structures)),
+        min=1e3 * spread.min,
+        median=1e3 * spread.median,
+        max=1e3 * spread.max,
+        repeats=spread.repeats,
+        ratio=ours / (1e3 * spread.min) if ours else None,
+        common=columns,
+    )
