@@ -1,4 +1,4 @@
-"""Triton kernels of the neighbourhood attention: forward, backward, double backward.
+"""Triton kernels of the neighbourhood attention: forward and backward.
 
 One program per (atom, head). Neither cosines nor weights leave it: what a pass needs of another
 it computes again. Letters: M_l = q_l k_l^T, P_l a Legendre polynomial of the cosines c with
@@ -20,12 +20,11 @@ from escaip_fairchem.kernels.triton_tiles import (
     both_directed,
     both_ways,
     dot,
-    edges_of,
     legendre,
     load,
     load_vectors,
     outer,
-    softmax,
+    place,
     store,
 )
 
@@ -57,16 +56,16 @@ def forward_kernel(
 ):
     """O, [E, A, D]. `ALL` is the segment of all channels."""
     LOW: tl.constexpr = q.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if LOW == tl.float64 else tl.float32
-    # the heads of an atom are neighbours in the grid: they share the cache lines of its rows
-    head = tl.program_id(0) % HEADS
-    row, valid = edges_of(starts, counts, tl.program_id(0) // HEADS, SLOTS)
+    ACC: tl.constexpr = tl.float64 if LOW.is_fp64() else tl.float32
+    head, row, valid, at_q, at_k, _ = place(
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+    )
     x, y, z = load_vectors(directions, row, valid, ACC)
     weights = attention_weights(
         q,
         k,
-        row * q_row + head * q_head,
-        row * k_row + head * k_head,
+        at_q,
+        at_k,
         row,
         valid,
         outer(x, y, z, x, y, z),
@@ -122,13 +121,11 @@ def backward_kernel(
     [E, A, 4]; with COSINE its share of that of the cosine scale, [N, A].
     """
     LOW: tl.constexpr = q.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if LOW == tl.float64 else tl.float32
-    head = tl.program_id(0) % HEADS
-    row, valid = edges_of(starts, counts, tl.program_id(0) // HEADS, SLOTS)
-    at_q = row * q_row + head * q_head
-    at_k = row * k_row + head * k_head
-    at_d_q = (row * (3 * HEADS) + head) * ALL[1]
-    at_d_k = at_d_q + HEADS * ALL[1]
+    ACC: tl.constexpr = tl.float64 if LOW.is_fp64() else tl.float32
+    PART: tl.constexpr = HEADS * ALL[1]
+    head, row, valid, at_q, at_k, at = place(
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+    )
     x, y, z = load_vectors(directions, row, valid, ACC)
     c = outer(x, y, z, x, y, z)
     p = both_directed(x, y, z, ACC)
@@ -155,9 +152,16 @@ def backward_kernel(
     d_weights = dot(g_all, tl.trans(v_all), LOW, PRECISION)
     d_logits = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])
     d_v = dot(tl.trans(weights), g_all, LOW, PRECISION)
-    store(d_qkv, at_d_k + HEADS * ALL[1], d_v.to(LOW), valid, ALL)
+    store(d_qkv, at + 2 * PART, d_v.to(LOW), valid, ALL)
 
-    p_before = tl.zeros([SLOTS, SLOTS], ACC)
+    # geometry and addresses anew: the compiler would keep in registers, until here, every
+    # polynomial that it has had before
+    head, row, valid, at_q, at_k, at = place(
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+    )
+    x, y, z = load_vectors(directions, row, valid, ACC)
+    c = outer(x, y, z, x, y, z)
+    p, p_before = both_directed(x, y, z, ACC), tl.zeros([SLOTS, SLOTS], ACC)
     slope, slope_before = p_before, p_before
     d_c = p_before
     for l in tl.static_range(len(SEGMENTS)):
@@ -168,9 +172,9 @@ def backward_kernel(
             if l > 0:
                 d_m *= p
             d_q = dot(d_m, k_l, LOW, PRECISION)
-            store(d_qkv, at_d_q, d_q.to(LOW), valid, SEGMENTS[l])
+            store(d_qkv, at, d_q.to(LOW), valid, SEGMENTS[l])
             d_k = dot(tl.trans(d_m), q_l, LOW, PRECISION)
-            store(d_qkv, at_d_k, d_k.to(LOW), valid, SEGMENTS[l])
+            store(d_qkv, at + PART, d_k.to(LOW), valid, SEGMENTS[l])
             if GEOMETRY and l > 0:
                 d_c += slope * dot(q_l, tl.trans(k_l), LOW, PRECISION)
         slope, slope_before = slope_before + (2 * l + 1) * p, slope
@@ -187,167 +191,4 @@ def backward_kernel(
         tl.store(to, both_ways(d_c, x), mask=valid)
         tl.store(to + 1, both_ways(d_c, y), mask=valid)
         tl.store(to + 2, both_ways(d_c, z), mask=valid)
-        tl.store(to + 3, tl.sum(d_logits, 0), mask=valid)
-
-
-@triton.jit
-def double_backward_kernel(
-    q,
-    k,
-    v,
-    grad_out,
-    q_row,
-    k_row,
-    v_row,
-    grad_row,
-    q_head,
-    k_head,
-    v_head,
-    grad_head,
-    directions,
-    log_envelope,
-    cosine_scale,
-    starts,
-    counts,
-    g_qkv,
-    g_directions,
-    g_log_envelope,
-    g_cosine,
-    d_grad_out,
-    d_qkv,
-    d_geometry,
-    d_cosine,
-    SCALE: tl.constexpr,
-    HEADS: tl.constexpr,
-    ALL: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    COSINE: tl.constexpr,
-    GEOMETRY: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradients of <g, backward's outputs> with respect to the backward's inputs.
-
-    That sum is <grad_out, O_dot>, O_dot the tangent of O along g: along g_qkv [E, 3, A, D],
-    with GEOMETRY also g_directions [E, 3] and g_log_envelope [E], with COSINE also g_cosine.
-    Outputs as in `backward_kernel`, and d_grad_out [E, A, D].
-    """
-    LOW: tl.constexpr = q.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if LOW == tl.float64 else tl.float32
-    head = tl.program_id(0) % HEADS
-    row, valid = edges_of(starts, counts, tl.program_id(0) // HEADS, SLOTS)
-    at_q = row * q_row + head * q_head
-    at_k = row * k_row + head * k_head
-    at_d_q = (row * (3 * HEADS) + head) * ALL[1]
-    at_d_k = at_d_q + HEADS * ALL[1]
-    at_d_v = at_d_k + HEADS * ALL[1]
-    zero = tl.zeros([SLOTS, SLOTS], ACC)
-    x, y, z = load_vectors(directions, row, valid, ACC)
-    c = outer(x, y, z, x, y, z)
-    both = both_directed(x, y, z, ACC)
-    if GEOMETRY:
-        g_x, g_y, g_z = load_vectors(g_directions, row, valid, ACC)
-        c_dot = outer(g_x, g_y, g_z, x, y, z) + outer(x, y, z, g_x, g_y, g_z)
-
-    logits, logits_dot = zero, zero
-    p, p_before = both, zero
-    slope, slope_before = zero, zero
-    for l in tl.static_range(len(SEGMENTS)):
-        if SEGMENTS[l][1] > 0:
-            q_l = load(q, at_q, valid, SEGMENTS[l])
-            k_l = load(k, at_k, valid, SEGMENTS[l])
-            gq_l = load(g_qkv, at_d_q, valid, SEGMENTS[l])
-            gk_l = load(g_qkv, at_d_k, valid, SEGMENTS[l])
-            m = dot(q_l, tl.trans(k_l), LOW, PRECISION)
-            m_dot = dot(gq_l, tl.trans(k_l), LOW, PRECISION)
-            m_dot += dot(q_l, tl.trans(gk_l), LOW, PRECISION)
-            if l == 0:
-                logits += m
-                logits_dot += m_dot
-            else:
-                logits += p * m
-                logits_dot += p * m_dot
-                if GEOMETRY:
-                    logits_dot += slope * c_dot * m
-        slope, slope_before = slope_before + (2 * l + 1) * p, slope
-        p, p_before = legendre(l, c, p, p_before), p
-    logits, logits_dot = SCALE * logits, SCALE * logits_dot
-    if COSINE:
-        w, w_dot = tl.load(cosine_scale).to(ACC), tl.load(g_cosine).to(ACC)
-        logits += w * c
-        logits_dot += w_dot * c
-    if GEOMETRY:
-        if COSINE:
-            logits_dot += w * c_dot
-        envelope_dot = tl.load(g_log_envelope + row, mask=valid, other=0.0).to(ACC)
-        logits_dot += envelope_dot[None, :]
-    envelope = tl.load(log_envelope + row, mask=valid, other=-float("inf")).to(ACC)
-    weights = softmax(logits + envelope[None, :], valid)
-
-    # O_dot = A_dot v + A v_dot is the gradient of grad_out, A_dot^T grad_out that of v
-    mean_dot = tl.sum(weights * logits_dot, 1)[:, None]
-    weights_dot = weights * (logits_dot - mean_dot)
-    v_all = load(v, row * v_row + head * v_head, valid, ALL)
-    gv_all = load(g_qkv, at_d_v, valid, ALL)
-    g_all = load(grad_out, row * grad_row + head * grad_head, valid, ALL)
-    out_dot = dot(weights_dot, v_all, LOW, PRECISION) + dot(weights, gv_all, LOW, PRECISION)
-    store(d_grad_out, (row * HEADS + head) * ALL[1], out_dot.to(LOW), valid, ALL)
-    d_v = dot(tl.trans(weights_dot), g_all, LOW, PRECISION)
-    store(d_qkv, at_d_v, d_v.to(LOW), valid, ALL)
-
-    # what reaches S_dot (the gradient of S in the first backward), and S through A
-    d_weights = dot(g_all, tl.trans(v_all), LOW, PRECISION)
-    centred = d_weights - tl.sum(weights * d_weights, 1)[:, None]
-    d_logits_dot = weights * centred
-    d_logits = logits_dot * centred - d_weights * mean_dot
-    d_logits += dot(g_all, tl.trans(gv_all), LOW, PRECISION)
-    d_logits = weights * (d_logits - tl.sum(weights * d_logits, 1)[:, None])
-
-    p, p_before = both, zero
-    slope, slope_before = zero, zero
-    curve, curve_before = zero, zero
-    d_c, d_c_dot = zero, zero
-    for l in tl.static_range(len(SEGMENTS)):
-        if SEGMENTS[l][1] > 0:
-            q_l = load(q, at_q, valid, SEGMENTS[l])
-            k_l = load(k, at_k, valid, SEGMENTS[l])
-            gq_l = load(g_qkv, at_d_q, valid, SEGMENTS[l])
-            gk_l = load(g_qkv, at_d_k, valid, SEGMENTS[l])
-            d_m, d_m_dot = SCALE * d_logits, SCALE * d_logits_dot
-            if l > 0:
-                d_m *= p
-                if GEOMETRY:
-                    d_m += d_m_dot * slope * c_dot
-                d_m_dot *= p
-            d_q = dot(d_m, k_l, LOW, PRECISION) + dot(d_m_dot, gk_l, LOW, PRECISION)
-            store(d_qkv, at_d_q, d_q.to(LOW), valid, SEGMENTS[l])
-            d_k = dot(tl.trans(d_m), q_l, LOW, PRECISION)
-            d_k += dot(tl.trans(d_m_dot), gq_l, LOW, PRECISION)
-            store(d_qkv, at_d_k, d_k.to(LOW), valid, SEGMENTS[l])
-            if GEOMETRY and l > 0:
-                m = dot(q_l, tl.trans(k_l), LOW, PRECISION)
-                m_dot = dot(gq_l, tl.trans(k_l), LOW, PRECISION)
-                m_dot += dot(q_l, tl.trans(gk_l), LOW, PRECISION)
-                d_c += slope * (d_logits * m + d_logits_dot * m_dot)
-                d_c += curve * c_dot * d_logits_dot * m
-                d_c_dot += slope * m
-        curve, curve_before = curve_before + (2 * l + 1) * slope, curve
-        slope, slope_before = slope_before + (2 * l + 1) * p, slope
-        p, p_before = legendre(l, c, p, p_before), p
-
-    if COSINE:
-        d_w = d_logits * c
-        if GEOMETRY:
-            d_w += d_logits_dot * c_dot
-        tl.store(d_cosine + tl.program_id(0), tl.sum(tl.sum(d_w, 1), 0))
-    if GEOMETRY:
-        d_c, d_c_dot = SCALE * d_c, SCALE * d_c_dot
-        if COSINE:
-            d_c += d_logits * w + d_logits_dot * w_dot
-            d_c_dot += w
-        d_c_dot *= d_logits_dot
-        to = d_geometry + (row * HEADS + head) * 4
-        tl.store(to, both_ways(d_c, x) + both_ways(d_c_dot, g_x), mask=valid)
-        tl.store(to + 1, both_ways(d_c, y) + both_ways(d_c_dot, g_y), mask=valid)
-        tl.store(to + 2, both_ways(d_c, z) + both_ways(d_c_dot, g_z), mask=valid)
         tl.store(to + 3, tl.sum(d_logits, 0), mask=valid)

@@ -20,17 +20,37 @@ _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def dot(a, b, LOW: tl.constexpr, PRECISION: tl.constexpr):
     """Product of tiles in the inputs' type, accumulated in float32 (float64 for float64)."""
     a, b = a.to(LOW), b.to(LOW)
-    if _INTERPRETED and LOW == tl.bfloat16:
+    if _INTERPRETED and LOW.is_bf16():
         # the interpreter would multiply the bit patterns
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
-def edges_of(starts, counts, atom, SLOTS: tl.constexpr):
-    """Rows of an atom's edges, [K], and which slots hold one, [K]."""
+def place(
+    starts,
+    counts,
+    q_row,
+    k_row,
+    q_head,
+    k_head,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """What the program works on, as offsets.
+
+    Returns its head, the rows of its atom's edges [K], which slots hold one [K], and where
+    those rows begin in q, in k and in contiguous arrays [E, 3, A, D].
+    """
+    # the heads of an atom are neighbours in the grid: they share the cache lines of its rows
+    head = tl.program_id(0) % HEADS
+    atom = tl.program_id(0) // HEADS
     slot = tl.arange(0, SLOTS)
-    return tl.load(starts + atom).to(tl.int64) + slot, slot < tl.load(counts + atom)
+    row = tl.load(starts + atom).to(tl.int64) + slot
+    valid = slot < tl.load(counts + atom)
+    at_q, at_k = row * q_row + head * q_head, row * k_row + head * k_head
+    return head, row, valid, at_q, at_k, (row * (3 * HEADS) + head) * SIZE
 
 
 @triton.jit
