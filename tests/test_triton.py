@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 
 import pytest
@@ -14,10 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from escaip_fairchem.kernels import AttentionGeometry, neighbor_attention
 
+# without a GPU triton's interpreter runs the kernels, see conftest.py
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    # triton decides when it is imported whether it compiles or interprets its kernels
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 triton_attention = importlib.import_module("escaip_fairchem.kernels.triton_attention")
 

@@ -1,6 +1,8 @@
 """Triton kernel of the neighbourhood attention's second derivative.
 
 Names as in `triton_kernels`; `g_x` is the cotangent that reached the gradient of x.
+The largest kernel in registers: compiled for compute capability 9.0 (D = 64, five degrees,
+bfloat16) it spills a little at 32 slots and much at 64.
 """
 
 from __future__ import annotations

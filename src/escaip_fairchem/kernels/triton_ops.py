@@ -158,7 +158,10 @@ def _launch(kernel, tensors, geometry, others, num_slots, frequencies, **constan
     for width in frequencies:
         segments.append((first, width, _block(width)))
         first += width
-    slots = _block(num_slots)
+    slots, precision = _block(num_slots), "ieee"
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        precision = "tf32"
+    tensor_cores = tensors[0].element_size() == 2 or precision == "tf32"
     with torch.cuda.device_of(tensors[0]):
         kernel[(len(counts) * heads,)](
             *tensors,
@@ -175,8 +178,8 @@ def _launch(kernel, tensors, geometry, others, num_slots, frequencies, **constan
             SEGMENTS=tuple(segments),
             SLOTS=slots,
             COSINE=cosine_scale is not None,
-            PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-            num_warps=_num_warps(slots),
+            PRECISION=precision,
+            num_warps=_num_warps(slots, tensor_cores),
             **constants,
         )
 
@@ -186,9 +189,13 @@ def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _num_warps(slots: int) -> int:
-    """One warp for each 16 queries: the rows of a tensor-core tile. Not tuned."""
-    return min(8, slots // 16)
+def _num_warps(slots: int, tensor_cores: bool) -> int:
+    """Warps of a program, chosen from compiled code (compute capability 9.0), not timed.
+
+    On tensor cores a warp takes 16 queries, and more warps would repeat each other's work.
+    Full float32 is shared among any number of warps; with few, it overflows the registers.
+    """
+    return min(8, slots // 16) if tensor_cores else min(16, slots // 4)
 
 
 @attention_op.register_fake
