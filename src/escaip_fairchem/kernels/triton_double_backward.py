@@ -53,7 +53,8 @@ def double_backward_kernel(
     d_cosine,
     SCALE: tl.constexpr,
     HEADS: tl.constexpr,
-    ALL: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
     COSINE: tl.constexpr,
@@ -68,9 +69,9 @@ def double_backward_kernel(
     """
     LOW: tl.constexpr = q.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if LOW.is_fp64() else tl.float32
-    PART: tl.constexpr = HEADS * ALL[1]
+    PART: tl.constexpr = HEADS * SIZE
     head, row, valid, at_q, at_k, at = place(
-        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, SIZE, SLOTS
     )
     zero = tl.zeros([SLOTS, SLOTS], ACC)
     x, y, z = load_vectors(directions, row, valid, ACC)
@@ -85,10 +86,10 @@ def double_backward_kernel(
     slope, slope_before = zero, zero
     for l in tl.static_range(len(SEGMENTS)):
         if SEGMENTS[l][1] > 0:
-            q_l = load(q, at_q, valid, SEGMENTS[l])
-            k_l = load(k, at_k, valid, SEGMENTS[l])
-            gq_l = load(g_qkv, at, valid, SEGMENTS[l])
-            gk_l = load(g_qkv, at + PART, valid, SEGMENTS[l])
+            q_l = load(q, at_q, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            k_l = load(k, at_k, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            gq_l = load(g_qkv, at, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            gk_l = load(g_qkv, at + PART, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
             m = dot(q_l, tl.trans(k_l), LOW, PRECISION)
             m_dot = dot(gq_l, tl.trans(k_l), LOW, PRECISION)
             m_dot += dot(q_l, tl.trans(gk_l), LOW, PRECISION)
@@ -118,13 +119,13 @@ def double_backward_kernel(
     # O_dot = A_dot v + A v_dot is the gradient of grad_out, A_dot^T grad_out that of v
     mean_dot = tl.sum(weights * logits_dot, 1)[:, None]
     weights_dot = weights * (logits_dot - mean_dot)
-    v_all = load(v, row * v_row + head * v_head, valid, ALL)
-    gv_all = load(g_qkv, at + 2 * PART, valid, ALL)
-    g_all = load(grad_out, row * grad_row + head * grad_head, valid, ALL)
+    v_all = load(v, row * v_row + head * v_head, valid, 0, SIZE, SIZE_BLOCK)
+    gv_all = load(g_qkv, at + 2 * PART, valid, 0, SIZE, SIZE_BLOCK)
+    g_all = load(grad_out, row * grad_row + head * grad_head, valid, 0, SIZE, SIZE_BLOCK)
     out_dot = dot(weights_dot, v_all, LOW, PRECISION) + dot(weights, gv_all, LOW, PRECISION)
-    store(d_grad_out, (row * HEADS + head) * ALL[1], out_dot.to(LOW), valid, ALL)
+    store(d_grad_out, (row * HEADS + head) * SIZE, out_dot.to(LOW), valid, 0, SIZE, SIZE_BLOCK)
     d_v = dot(tl.trans(weights_dot), g_all, LOW, PRECISION)
-    store(d_qkv, at + 2 * PART, d_v.to(LOW), valid, ALL)
+    store(d_qkv, at + 2 * PART, d_v.to(LOW), valid, 0, SIZE, SIZE_BLOCK)
 
     # what reaches S_dot (the gradient of S in the first backward), and S through A
     d_weights = dot(g_all, tl.trans(v_all), LOW, PRECISION)
@@ -137,7 +138,7 @@ def double_backward_kernel(
     # geometry and addresses anew: the compiler would keep in registers, until here, every
     # polynomial that it has had before
     head, row, valid, at_q, at_k, at = place(
-        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, SIZE, SLOTS
     )
     x, y, z = load_vectors(directions, row, valid, ACC)
     c = outer(x, y, z, x, y, z)
@@ -148,10 +149,10 @@ def double_backward_kernel(
     slope, slope_before = zero, zero
     for l in tl.static_range(len(SEGMENTS)):
         if SEGMENTS[l][1] > 0:
-            q_l = load(q, at_q, valid, SEGMENTS[l])
-            k_l = load(k, at_k, valid, SEGMENTS[l])
-            gq_l = load(g_qkv, at, valid, SEGMENTS[l])
-            gk_l = load(g_qkv, at + PART, valid, SEGMENTS[l])
+            q_l = load(q, at_q, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            k_l = load(k, at_k, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            gq_l = load(g_qkv, at, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            gk_l = load(g_qkv, at + PART, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
             d_m, d_m_dot = SCALE * d_logits, SCALE * d_logits_dot
             if l > 0:
                 d_m *= p
@@ -159,10 +160,12 @@ def double_backward_kernel(
                     d_m += d_m_dot * slope * c_dot
                 d_m_dot *= p
             d_q = dot(d_m, k_l, LOW, PRECISION) + dot(d_m_dot, gk_l, LOW, PRECISION)
-            store(d_qkv, at, d_q.to(LOW), valid, SEGMENTS[l])
+            store(d_qkv, at, d_q.to(LOW), valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
             d_k = dot(tl.trans(d_m), q_l, LOW, PRECISION)
             d_k += dot(tl.trans(d_m_dot), gq_l, LOW, PRECISION)
-            store(d_qkv, at + PART, d_k.to(LOW), valid, SEGMENTS[l])
+            store(
+                d_qkv, at + PART, d_k.to(LOW), valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2]
+            )
         slope, slope_before = slope_before + (2 * l + 1) * p, slope
         p, p_before = legendre(l, c, p, p_before), p
 
@@ -173,7 +176,7 @@ def double_backward_kernel(
         tl.store(d_cosine + tl.program_id(0), tl.sum(tl.sum(d_w, 1), 0))
     if GEOMETRY:
         head, row, valid, at_q, at_k, at = place(
-            starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+            starts, counts, q_row, k_row, q_head, k_head, HEADS, SIZE, SLOTS
         )
         x, y, z = load_vectors(directions, row, valid, ACC)
         c = outer(x, y, z, x, y, z)
@@ -185,10 +188,10 @@ def double_backward_kernel(
         d_c, d_c_dot = zero, zero
         for l in tl.static_range(len(SEGMENTS)):
             if l > 0 and SEGMENTS[l][1] > 0:
-                q_l = load(q, at_q, valid, SEGMENTS[l])
-                k_l = load(k, at_k, valid, SEGMENTS[l])
-                gq_l = load(g_qkv, at, valid, SEGMENTS[l])
-                gk_l = load(g_qkv, at + PART, valid, SEGMENTS[l])
+                q_l = load(q, at_q, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+                k_l = load(k, at_k, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+                gq_l = load(g_qkv, at, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+                gk_l = load(g_qkv, at + PART, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
                 m = dot(q_l, tl.trans(k_l), LOW, PRECISION)
                 m_dot = dot(gq_l, tl.trans(k_l), LOW, PRECISION)
                 m_dot += dot(q_l, tl.trans(gk_l), LOW, PRECISION)

@@ -48,17 +48,18 @@ def forward_kernel(
     out,
     SCALE: tl.constexpr,
     HEADS: tl.constexpr,
-    ALL: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
     COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """O, [E, A, D]. `ALL` is the segment of all channels."""
+    """O, [E, A, D]."""
     LOW: tl.constexpr = q.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if LOW.is_fp64() else tl.float32
     head, row, valid, at_q, at_k, _ = place(
-        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, SIZE, SLOTS
     )
     x, y, z = load_vectors(directions, row, valid, ACC)
     weights = attention_weights(
@@ -79,9 +80,9 @@ def forward_kernel(
         ACC,
         PRECISION,
     )
-    v_all = load(v, row * v_row + head * v_head, valid, ALL)
+    v_all = load(v, row * v_row + head * v_head, valid, 0, SIZE, SIZE_BLOCK)
     result = dot(weights, v_all, LOW, PRECISION)
-    store(out, (row * HEADS + head) * ALL[1], result.to(LOW), valid, ALL)
+    store(out, (row * HEADS + head) * SIZE, result.to(LOW), valid, 0, SIZE, SIZE_BLOCK)
 
 
 @triton.jit
@@ -108,7 +109,8 @@ def backward_kernel(
     d_cosine,
     SCALE: tl.constexpr,
     HEADS: tl.constexpr,
-    ALL: tl.constexpr,
+    SIZE: tl.constexpr,
+    SIZE_BLOCK: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SLOTS: tl.constexpr,
     COSINE: tl.constexpr,
@@ -122,9 +124,9 @@ def backward_kernel(
     """
     LOW: tl.constexpr = q.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if LOW.is_fp64() else tl.float32
-    PART: tl.constexpr = HEADS * ALL[1]
+    PART: tl.constexpr = HEADS * SIZE
     head, row, valid, at_q, at_k, at = place(
-        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, SIZE, SLOTS
     )
     x, y, z = load_vectors(directions, row, valid, ACC)
     c = outer(x, y, z, x, y, z)
@@ -147,17 +149,17 @@ def backward_kernel(
         ACC,
         PRECISION,
     )
-    v_all = load(v, row * v_row + head * v_head, valid, ALL)
-    g_all = load(grad_out, row * grad_row + head * grad_head, valid, ALL)
+    v_all = load(v, row * v_row + head * v_head, valid, 0, SIZE, SIZE_BLOCK)
+    g_all = load(grad_out, row * grad_row + head * grad_head, valid, 0, SIZE, SIZE_BLOCK)
     d_weights = dot(g_all, tl.trans(v_all), LOW, PRECISION)
     d_logits = weights * (d_weights - tl.sum(weights * d_weights, 1)[:, None])
     d_v = dot(tl.trans(weights), g_all, LOW, PRECISION)
-    store(d_qkv, at + 2 * PART, d_v.to(LOW), valid, ALL)
+    store(d_qkv, at + 2 * PART, d_v.to(LOW), valid, 0, SIZE, SIZE_BLOCK)
 
     # geometry and addresses anew: the compiler would keep in registers, until here, every
     # polynomial that it has had before
     head, row, valid, at_q, at_k, at = place(
-        starts, counts, q_row, k_row, q_head, k_head, HEADS, ALL[1], SLOTS
+        starts, counts, q_row, k_row, q_head, k_head, HEADS, SIZE, SLOTS
     )
     x, y, z = load_vectors(directions, row, valid, ACC)
     c = outer(x, y, z, x, y, z)
@@ -166,15 +168,17 @@ def backward_kernel(
     d_c = p_before
     for l in tl.static_range(len(SEGMENTS)):
         if SEGMENTS[l][1] > 0:
-            q_l = load(q, at_q, valid, SEGMENTS[l])
-            k_l = load(k, at_k, valid, SEGMENTS[l])
+            q_l = load(q, at_q, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            k_l = load(k, at_k, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
             d_m = SCALE * d_logits
             if l > 0:
                 d_m *= p
             d_q = dot(d_m, k_l, LOW, PRECISION)
-            store(d_qkv, at, d_q.to(LOW), valid, SEGMENTS[l])
+            store(d_qkv, at, d_q.to(LOW), valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
             d_k = dot(tl.trans(d_m), q_l, LOW, PRECISION)
-            store(d_qkv, at + PART, d_k.to(LOW), valid, SEGMENTS[l])
+            store(
+                d_qkv, at + PART, d_k.to(LOW), valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2]
+            )
             if GEOMETRY and l > 0:
                 d_c += slope * dot(q_l, tl.trans(k_l), LOW, PRECISION)
         slope, slope_before = slope_before + (2 * l + 1) * p, slope

@@ -1,9 +1,10 @@
 """Parts of the Triton kernels: tiles, cosines and Legendre polynomials, softmax.
 
 One program works on the K = `SLOTS` slots of one atom (padded to a power of two) and one head.
-A `SEGMENT` is (first channel, channels, tile width). The width is the next power of two, at
-least 16 as a matrix product demands, and the tile's tail is zero: so no channel crosses into
-another degree, and it is less work than a product of all D channels, masked, for each degree.
+`SEGMENTS` holds (first channel, channels, tile width) of each degree. The width is the next
+power of two, at least 16 as a matrix product demands, and the tile's tail is zero: so no
+channel crosses into another degree, and it is less work than a product of all D channels,
+masked, for each degree.
 """
 
 from __future__ import annotations
@@ -54,19 +55,19 @@ def place(
 
 
 @triton.jit
-def load(pointer, at, valid, SEGMENT: tl.constexpr):
+def load(pointer, at, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Channels of a segment of the rows that begin `at`, zero elsewhere, [K, width]."""
-    column = tl.arange(0, SEGMENT[2])
-    mask = valid[:, None] & (column < SEGMENT[1])[None, :]
-    return tl.load(pointer + at[:, None] + (column + SEGMENT[0])[None, :], mask=mask, other=0.0)
+    column = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    return tl.load(pointer + at[:, None] + (column + FIRST)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def store(pointer, at, tile, valid, SEGMENT: tl.constexpr):
+def store(pointer, at, tile, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The reverse of `load`."""
-    column = tl.arange(0, SEGMENT[2])
-    mask = valid[:, None] & (column < SEGMENT[1])[None, :]
-    tl.store(pointer + at[:, None] + (column + SEGMENT[0])[None, :], tile, mask=mask)
+    column = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (column < WIDTH)[None, :]
+    tl.store(pointer + at[:, None] + (column + FIRST)[None, :], tile, mask=mask)
 
 
 @triton.jit
@@ -139,8 +140,8 @@ def attention_weights(
     p, p_before = both, tl.zeros([SLOTS, SLOTS], ACC)
     for l in tl.static_range(len(SEGMENTS)):
         if SEGMENTS[l][1] > 0:
-            q_l = load(q, at_q, valid, SEGMENTS[l])
-            k_l = load(k, at_k, valid, SEGMENTS[l])
+            q_l = load(q, at_q, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
+            k_l = load(k, at_k, valid, SEGMENTS[l][0], SEGMENTS[l][1], SEGMENTS[l][2])
             m = dot(q_l, tl.trans(k_l), LOW, PRECISION)
             if l == 0:
                 logits += m
