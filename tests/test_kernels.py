@@ -6,15 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from escaip_fairchem import EScAIP
+from escaip_fairchem.errors import UserError
 from escaip_fairchem.features import RadialBasis, gaussian_basis
 from escaip_fairchem.kernels import (
     AttentionGeometry,
+    attention_backend,
     banded_linear,
     neighbor_attention,
     packed_attention,
     recomputed_linear,
     rms_norm,
 )
+from helpers import SMALL, make_batch, slab
 
 DOUBLE = {"dtype": torch.float64}
 
@@ -37,7 +41,7 @@ def attention_case(counts: list[int], size: int, angular: str, heads: int = 3, s
     if angular == "cosine":
         leaves.append(torch.tensor(0.7, **DOUBLE))
     slots = receivers * width + torch.arange(edges) - starts[receivers]
-    return [leaf.requires_grad_() for leaf in leaves], slots, (len(counts), width)
+    return [leaf.requires_grad_() for leaf in leaves], number, slots
 
 
 @pytest.mark.parametrize(
@@ -48,16 +52,21 @@ def attention_case(counts: list[int], size: int, angular: str, heads: int = 3, s
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_equals_the_reference(angular, frequencies, counts, masked, monkeypatch):
     """Values, first and second derivatives; with dropout both get the same mask."""
-    leaves, slots, shape = attention_case(counts, 16, angular)
+    leaves, number, slots = attention_case(counts, 16, angular)
     if masked:
-        n, k = shape
+        n, k = len(counts), max(counts)
         keep = torch.rand(n, 3, k, k, **DOUBLE).round().mul(2)
         monkeypatch.setattr(torch.Tensor, "bernoulli", lambda _: 0.5 * keep)
         monkeypatch.setattr(F, "dropout", lambda x, p: x * keep if p else x)
 
     def derivatives(function) -> list[torch.Tensor]:
         geometry = AttentionGeometry.build(
-            leaves[1], leaves[2], slots, shape, angular=angular, lmax=len(frequencies) - 1
+            *leaves[1:3],
+            number,
+            slots,
+            max(counts),
+            angular=angular,
+            lmax=len(frequencies) - 1,
         )
         out = function(
             leaves[0],
@@ -150,3 +159,25 @@ def test_radial_basis_leaves_out_only_what_vanishes(dtype):
     bound = 100 * torch.finfo(dtype).eps
     torch.testing.assert_close(out[basis.rows], expected, rtol=bound, atol=bound)
     assert torch.equal(out[basis.rows][rows == len(lengths) - 1].unique(), out.new_zeros(1))
+
+
+def test_backends_of_a_whole_model(monkeypatch):
+    """The chosen kernel is used, and each gives the same energy and forces."""
+    batch, results = make_batch(slab()), {}
+    for name in ("torch", "reference", "triton"):
+        if name == "triton":
+            pytest.importorskip("triton")
+        monkeypatch.setenv("ESCAIP_KERNELS", name)
+        torch.manual_seed(0)
+        model = EScAIP(
+            backbone={"model": "escaip_fairchem.EScAIPBackbone", "preset": "v2", **SMALL},
+            heads={"forces": {"module": "escaip_fairchem.DirectForceHead"}},
+        )
+        model = model.double().eval()
+        assert name in model.backbone.blocks[0].attention.attend.__name__.replace("packed", "torch")
+        results[name] = model(batch.clone())["forces"]["forces"].detach()
+    for forces in results.values():
+        torch.testing.assert_close(forces, results["reference"], rtol=1e-5, atol=1e-9)
+    monkeypatch.setenv("ESCAIP_KERNELS", "cuda")
+    with pytest.raises(UserError, match="ESCAIP_KERNELS=cuda is not one of torch, triton"):
+        attention_backend(dropout=0.0)

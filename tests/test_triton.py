@@ -74,8 +74,9 @@ class Problem:
         geometry = AttentionGeometry.build(
             directions,
             log_envelope,
+            self.counts,
             self.slots,
-            (len(self.counts), self.num_slots),
+            self.num_slots,
             angular="legendre" if self.frequencies else "cosine",
             lmax=len(self.frequencies) - 1,
         )

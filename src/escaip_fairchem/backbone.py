@@ -143,8 +143,9 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         attention = AttentionGeometry.build(
             graph.directions,
             graph.log_envelope,
+            graph.counts,
             graph.slots,
-            (len(species), graph.num_slots),
+            graph.num_slots,
             angular=config.angular,
             lmax=len(config.frequency_list) - 1,
         )

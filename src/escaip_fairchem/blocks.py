@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escaip_fairchem.kernels import AttentionGeometry, banded_linear, packed_attention
+from escaip_fairchem.kernels import AttentionGeometry, attention_backend, banded_linear
 from escaip_fairchem.layers import (
     ACTIVATIONS,
     ConcatLinear,
@@ -182,6 +182,7 @@ class NeighborAttention(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.mlp_dropout)
         self.attention_dropout = config.attention_dropout
+        self.attend = attention_backend(dropout=config.attention_dropout)
         self.recompute = config.recompute
         self.heads = config.num_heads
         self.frequencies = config.frequency_list if config.angular == "legendre" else ()
@@ -219,7 +220,7 @@ class NeighborAttention(nn.Module):
         norm = self.message_norm.parameters()
         linear = self.qkv.weight, self.qkv.bias
         qkv = prologue_linear(*linear, self._normed_message, message, *norm, **again)
-        attended = packed_attention(
+        attended = self.attend(
             qkv.unflatten(-1, (3, self.heads, -1)),
             x.attention,
             scale=self.scale,

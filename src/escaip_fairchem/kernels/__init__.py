@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from escaip_fairchem.kernels.attention import packed_attention
+from escaip_fairchem.kernels.backends import attention_backend
 from escaip_fairchem.kernels.linear import banded_linear, recomputed_linear, rms_norm
 from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
 
 __all__ = [
     "AttentionGeometry",
+    "attention_backend",
     "banded_linear",
     "neighbor_attention",
     "packed_attention",

@@ -20,6 +20,10 @@ class AttentionGeometry:
     """What attention needs of a batch's geometry, computed once and used by every layer.
 
     Attributes:
+        directions: Unit vectors, zero for an edge without direction, [E, 3].
+        log_envelope: Logarithm of each edge's weight, [E].
+        starts: First edge of each atom, [N].
+        counts: Edges of each atom, [N].
         slots: Position of each edge in the padded [N * K] layout, [E].
         shape: (N, K).
         bias: Added to the logits of a key: log-envelope, -inf in empty slots, [N, 1, 1, K].
@@ -29,6 +33,10 @@ class AttentionGeometry:
         rows: Index tensors by number of heads, kept for the next layer.
     """
 
+    directions: Tensor
+    log_envelope: Tensor
+    starts: Tensor
+    counts: Tensor
     slots: Tensor
     shape: tuple[int, int]
     bias: Tensor
@@ -41,8 +49,9 @@ class AttentionGeometry:
         cls,
         directions: Tensor,
         log_envelope: Tensor,
+        counts: Tensor,
         slots: Tensor,
-        shape: tuple[int, int],
+        num_slots: int,
         *,
         angular: str,
         lmax: int,
@@ -52,12 +61,13 @@ class AttentionGeometry:
         Args:
             directions: Unit vectors, zero for an edge without direction, [E, 3].
             log_envelope: Logarithm of each edge's weight, [E].
+            counts: See the class.
             slots: See the class.
-            shape: See the class.
+            num_slots: K.
             angular: ``none``, ``cosine`` or ``legendre``.
             lmax: Highest degree for ``legendre``.
         """
-        n, k = shape
+        n, k = shape = len(counts), num_slots
         bias = log_envelope.new_full((n * k,), -torch.inf).index_copy(0, slots, log_envelope)
         cosines, polynomials = None, []
         if angular != "none":
@@ -69,7 +79,9 @@ class AttentionGeometry:
             both = (directed[:, :, None] & directed[:, None, :]).unsqueeze(1)
             # homogeneous form: P_l(0 vector) is 0 for l > 0, though P_2(cos = 0) is -1/2
             polynomials = [p * both if l else p for l, p in enumerate(legendre(cosines, lmax))]
-        return cls(slots, shape, bias.view(n, 1, 1, k), cosines, polynomials)
+        starts = counts.cumsum(0) - counts
+        edges = directions, log_envelope, starts, counts, slots
+        return cls(*edges, shape, bias.view(n, 1, 1, k), cosines, polynomials)
 
 
 def neighbor_attention(

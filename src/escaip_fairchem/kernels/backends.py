@@ -1,0 +1,80 @@
+"""Which implementation of the attention runs: chosen once, when a model is built.
+
+| backend | devices | second derivative | attention dropout | chosen |
+|---|---|---|---|---|
+| ``torch`` | all | closed form | yes | by default |
+| ``triton`` | CUDA GPUs | closed form, in one kernel | no | by ``ESCAIP_KERNELS=triton`` |
+| ``reference`` | all | autograd | yes | by ``ESCAIP_KERNELS=reference`` |
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from escaip_fairchem.errors import UserError
+from escaip_fairchem.kernels.attention import packed_attention
+from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+VARIABLE = "ESCAIP_KERNELS"
+
+
+def attention_backend(*, dropout: float) -> Callable[..., Tensor]:
+    """The function that computes attention, with the signature of `packed_attention`.
+
+    Args:
+        dropout: Attention dropout that training will use.
+
+    Raises:
+        UserError: `ESCAIP_KERNELS` names no backend, or one that cannot run here.
+    """
+    name = os.environ.get(VARIABLE, "") or "torch"
+    if name not in _BACKENDS:
+        raise UserError(f"{VARIABLE}={name} is not one of {', '.join(_BACKENDS)}")
+    reason = f"{VARIABLE}={name}" if os.environ.get(VARIABLE) else "the default"
+    if name == "triton":
+        _require_triton()
+        if dropout:
+            name, reason = "torch", "the Triton kernel has no attention dropout"
+    _log_once(name, reason)
+    return _BACKENDS[name]
+
+
+def _reference(qkv: Tensor, geometry: AttentionGeometry, **options) -> Tensor:
+    return neighbor_attention(*qkv.unbind(1), geometry, **options)
+
+
+def _triton(qkv: Tensor, geometry: AttentionGeometry, *, dropout: float, **options) -> Tensor:
+    from escaip_fairchem.kernels.triton_attention import triton_attention_packed
+
+    return triton_attention_packed(
+        qkv,
+        geometry.directions,
+        geometry.log_envelope,
+        geometry.starts,
+        geometry.counts,
+        num_slots=geometry.shape[1],
+        **options,
+    )
+
+
+def _require_triton() -> None:
+    try:
+        import escaip_fairchem.kernels.triton_attention  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{VARIABLE}=triton needs the package triton; install it") from error
+
+
+@lru_cache
+def _log_once(name: str, reason: str) -> None:
+    logging.getLogger(__name__).info("attention kernel: %s (%s)", name, reason)
+
+
+_BACKENDS = {"torch": packed_attention, "triton": _triton, "reference": _reference}
