@@ -155,20 +155,20 @@ def test_resolved_init(preset):
         model = build(SMALL | preset | {"init": init}, FORCES).eval()
         attributes = model.backbone.input_block.attributes
         seen = []
-        hook = attributes.register_forward_pre_hook(
+        hook = model.backbone.input_block.register_forward_pre_hook(
             lambda _, inputs, seen=seen: seen.extend(inputs)
         )
         with torch.no_grad():
             model(structure.clone())
             hook.remove()
-            x = seen[0]
+            x = seen[1]
             nothing = [torch.zeros_like(block) for block in x.rbf.blocks]
             blind = dataclasses.replace(x, rbf=dataclasses.replace(x.rbf, blocks=nothing))
             uniform = dataclasses.replace(x, species=torch.full_like(x.species, 29))
-            full = attributes(x)
-            lost[init] = [
-                ((attributes(y) - full).norm() / full.norm()).item() for y in (blind, uniform)
-            ]
+            full, *others = (
+                attributes.gather(x, *attributes.terms(y)) for y in (x, blind, uniform)
+            )
+            lost[init] = [((other - full).norm() / full.norm()).item() for other in others]
     (distance, species), (resolved_distance, resolved_species) = lost.values()
     assert resolved_distance > 1.5 * distance
     assert resolved_species > 20 * species
@@ -235,3 +235,21 @@ def test_checkpointing_changes_memory_only(direct, preset):
     for other in results[1:]:
         for plain, checkpointed in zip(results[0], other, strict=True):
             torch.testing.assert_close(checkpointed, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("preset", ["paper", "v2"])
+def test_chunks_change_nothing_but_memory(preset):
+    """Chunks of any size, the last one smaller; an isolated atom and several structures."""
+    batch = make_batch(slab(), gas(), triclinic())
+    results = []
+    for size in (0, 1, 7, 10_000):
+        model = build(SMALL | {"preset": preset, "inference_chunk": size}, FORCES).eval()
+        seen = []
+        model.backbone.blocks[0].register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with torch.no_grad():
+            results.append(model(batch.clone()))
+        atoms = len(batch["pos"])
+        assert len(seen) == (-(-atoms // size) if size else 1)
+    for other in results[1:]:
+        for key, value in results[0].items():
+            torch.testing.assert_close(other[key][key], value[key], rtol=1e-10, atol=1e-12)

@@ -163,19 +163,39 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
 
     def _encode(self, x: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Blocks and readouts: node features [N, H], edge features [E, H] or None."""
-        state = self._read_out(0, *self.input_block(x), None, None)
+        size, recorded = self.config.inference_chunk, torch.is_grad_enabled()
+        chunks = [x] if recorded or not size else x.chunks(size)
+        prepared = self.input_block.prepare(x)
+        states = [
+            self._read_out(0, *self.input_block(prepared, chunk), None, None) for chunk in chunks
+        ]
         for index, block in enumerate(self.blocks, start=1):
-            if self.config.checkpointing == "block" and torch.is_grad_enabled():
-                state = checkpoint(self._layer, index, block, *state, x, use_reentrant=False)
+            if self.config.checkpointing == "block" and recorded:
+                state = checkpoint(self._layer, index, block, states[0], x, use_reentrant=False)
+                states = [state]
             else:
-                state = self._layer(index, block, *state, x)
-        node_total, edge_total = state[2:]
-        edge_features = self.edge_readout.finish(edge_total) if self.edge_readout else None
-        return self.node_readout.finish(node_total), edge_features
+                self._layers(index, block, states, x, chunks)
+        nodes, edges = [], []
+        while states:
+            _, _, node_total, edge_total = states.pop(0)
+            nodes.append(self.node_readout.finish(node_total))
+            if self.edge_readout is not None:
+                edges.append(self.edge_readout.finish(edge_total))
+        return torch.cat(nodes), torch.cat(edges) if edges else None
 
-    def _layer(self, index, block, node, edge, node_total, edge_total, x: BlockInputs):
-        """One block and its readouts: what activation checkpointing computes twice."""
-        return self._read_out(index, *block(node, edge, x), node_total, edge_total)
+    def _layer(self, index: int, block: TransformerBlock, state, x: BlockInputs):
+        """One block and its readouts: what checkpointing computes twice."""
+        states = [state]
+        self._layers(index, block, states, x, [x])
+        return states[0]
+
+    def _layers(self, index: int, block: TransformerBlock, states: list, x: BlockInputs, chunks):
+        """One block and its readouts, for the chunks in turn; only nodes see all of the batch."""
+        nodes = [state[0] for state in states]
+        prepared = block.prepare(nodes[0] if len(nodes) == 1 else torch.cat(nodes), x)
+        for i, chunk in enumerate(chunks):
+            node, edge, *totals = states[i]
+            states[i] = self._read_out(index, *block(prepared, node, edge, chunk), *totals)
 
     def _read_out(self, index: int, node, edge, node_total, edge_total):
         """Node and edge features and the running projections, with readout `index` added."""

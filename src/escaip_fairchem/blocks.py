@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +43,7 @@ class BlockInputs:
         counts: Edges of each atom, [N].
         system_idx: Structure of each atom, [N].
         attention: Geometry of the attention.
+        first: Atom that `starts`, `counts` and `system_idx` begin with; not 0 in a chunk.
     """
 
     species: Tensor
@@ -54,6 +55,32 @@ class BlockInputs:
     counts: Tensor
     system_idx: Tensor
     attention: AttentionGeometry
+    first: int = 0
+
+    def chunks(self, size: int) -> list[BlockInputs]:
+        """Consecutive groups of `size` atoms with their edges.
+
+        What belongs to all atoms (species, BOO, radial basis) and the numbers of atoms in
+        `senders` and `receivers` stay as they are.
+        """
+        total, chunks = len(self.counts), []
+        bounds = [*self.starts[::size].tolist(), len(self.receivers)]
+        for index, first in enumerate(range(0, total, size)):
+            atoms = slice(first, min(first + size, total))
+            edges = slice(bounds[index], bounds[index + 1])
+            part = replace(
+                self,
+                rbf=replace(self.rbf, rows=self.rbf.rows[edges]),
+                senders=self.senders[edges],
+                receivers=self.receivers[edges],
+                starts=self.starts[atoms] - edges.start,
+                counts=self.counts[atoms],
+                system_idx=self.system_idx[atoms],
+                attention=self.attention.chunk(atoms, edges),
+                first=first,
+            )
+            chunks.append(part)
+        return chunks
 
 
 Norm = Callable[[], nn.Module]
@@ -99,11 +126,19 @@ class EdgeAttributes(nn.Module):
         act, drop = self.activation, self.dropout
         recompute = self.recompute and not (self.training and drop.p > 0)
         weights = self.output.weights()
-        linear = self.distance
-        distance = banded_linear(x.rbf.blocks, x.rbf.starts, linear.weight, linear.bias)
-        distance = prologue_linear(
-            weights[0], self.output.bias, lambda d: drop(act(d)), distance, recompute=recompute
-        )
+        linear, rbf = self.distance, x.rbf
+        # without gradients block by block, which stays in cache and needs no memory
+        groups = [(rbf.blocks, rbf.starts)]
+        if not torch.is_grad_enabled():
+            groups = [([block], [start]) for block, start in zip(*groups[0], strict=True)]
+        parts = []
+        for blocks, starts in groups:
+            hidden = banded_linear(blocks, starts, linear.weight, linear.bias)
+            hidden = prologue_linear(
+                weights[0], self.output.bias, lambda d: drop(act(d)), hidden, recompute=recompute
+            )
+            parts.append(hidden)
+        distance = torch.cat(parts) if len(parts) > 1 else parts[0]
         source = F.linear(drop(act(self.source_boo(x.boo))), weights[1])
         target = F.linear(drop(act(self.target_boo(x.boo))), weights[3])
         source = source + F.linear(self.source_species(x.species), weights[2])
@@ -114,10 +149,6 @@ class EdgeAttributes(nn.Module):
         total = distance.index_select(0, x.rbf.rows).add_(source.index_select(0, x.senders))
         return self.dropout(self.activation(total.add_(target.index_select(0, x.receivers))))
 
-    def forward(self, x: BlockInputs) -> Tensor:
-        """Attributes of each edge, [E, H]."""
-        return self.gather(x, *self.terms(x))
-
 
 def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
     """Each atom's features from its neighbourhood, [E, H] -> [N, H].
@@ -126,7 +157,8 @@ def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
     """
     if pooling == "self":
         return edge.index_select(0, x.starts)
-    total = edge.new_zeros(len(x.species), edge.shape[-1]).index_add(0, x.receivers, edge)
+    rows = x.receivers - x.first
+    total = edge.new_zeros(len(x.counts), edge.shape[-1]).index_add(0, rows, edge)
     return total / (x.counts.to(edge.dtype) + 1e-5)[:, None]
 
 
@@ -149,9 +181,13 @@ class InputBlock(nn.Module):
         self.residual_before_norm = config.layout == "paper"
         self.pooling = config.pooling
 
-    def forward(self, x: BlockInputs) -> tuple[Tensor, Tensor | None]:
+    def prepare(self, x: BlockInputs) -> tuple[Tensor, ...]:
+        """What `forward` reads of the whole batch."""
+        return self.attributes.terms(x)
+
+    def forward(self, prepared: tuple[Tensor, ...], x: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Node features [N, H] and, if anything reads them, edge features [E, H]."""
-        attributes = self.attributes(x)
+        attributes = self.attributes.gather(x, *prepared)
         normed = self.attribute_norm(attributes)
         residual = attributes if self.residual_before_norm else normed
         edge = residual + self.ffn(normed)
@@ -189,15 +225,27 @@ class NeighborAttention(nn.Module):
         self.scale = 1.0 / math.sqrt(attention_width(config))
         self.pooling = config.pooling
 
-    def forward(
-        self, node: Tensor, edge: Tensor | None, edge_norm: nn.Module | None, x: BlockInputs
-    ) -> tuple[Tensor, Tensor]:
-        """Normed node [N, H] and edge [E, H] features, its norm -> updates of nodes and edges."""
-        attributes = self.attributes
-        again = {"recompute": self.recompute}
+    def prepare(self, node: Tensor, x: BlockInputs) -> tuple[Tensor, ...]:
+        """Terms of attributes and pairs that belong to atoms and lengths, of the whole batch.
+
+        Args:
+            node: Normed node features, [N, H].
+            x: The whole batch.
+        """
         sender, receiver = self.pair.weights()
-        inputs = [*attributes.terms(x), F.linear(node, sender)]
-        inputs.append(F.linear(node, receiver, self.pair.bias))
+        pair = F.linear(node, sender), F.linear(node, receiver, self.pair.bias)
+        return *self.attributes.terms(x), *pair
+
+    def forward(
+        self,
+        prepared: tuple[Tensor, ...],
+        edge: Tensor | None,
+        edge_norm: nn.Module | None,
+        x: BlockInputs,
+    ) -> tuple[Tensor, Tensor]:
+        """Edge features [E, H] and their norm -> updates of nodes [N, H] and edges [E, H]."""
+        attributes, inputs = self.attributes, [*prepared]
+        again = {"recompute": self.recompute}
         if self.edge is not None:
             linear = self.edge.weight, self.edge.bias
             norm = edge_norm.parameters()
@@ -273,11 +321,16 @@ class TransformerBlock(nn.Module):
         self.drop_attention = StochasticDepth(config.stochastic_depth)
         self.drop_ffn = StochasticDepth(config.stochastic_depth)
 
-    def forward(self, node: Tensor, edge: Tensor | None, x: BlockInputs):
+    def prepare(self, node: Tensor, x: BlockInputs) -> tuple[Tensor, ...]:
+        """What `forward` reads of the whole batch, given all node features [N, H]."""
+        return self.attention.prepare(self.node_attention_norm(node), x)
+
+    def forward(
+        self, prepared: tuple[Tensor, ...], node: Tensor, edge: Tensor | None, x: BlockInputs
+    ):
         """[N, H], [E, H] -> [N, H], [E, H] (None where nothing reads the edges)."""
-        edge_system = x.system_idx[x.receivers]
-        normed = self.node_attention_norm(node)
-        update = self.attention(normed, edge, self.edge_attention_norm, x)
+        edge_system = x.system_idx.index_select(0, x.receivers - x.first)
+        update = self.attention(prepared, edge, self.edge_attention_norm, x)
         node_update, edge_update = self.drop_attention(*update, x.system_idx, edge_system)
         node = node + node_update
         if not self.edge_used:

@@ -197,6 +197,7 @@ class EScAIPConfig:
     # training memory: keep everything | of a direct model, compute activations, norms and gathers
     # again in the backward pass | compute whole blocks again
     checkpointing: str = "pointwise"
+    inference_chunk: int = 0  # without gradients, atoms at a time; 0: all at once
 
     init: str = "published"  # "resolved": distances and species tell edges apart from the start
 
@@ -280,6 +281,7 @@ class EScAIPConfig:
                 value = getattr(self, field.name)
                 _require(0 <= value < 1, f"{field.name}: {value!r} must be in [0, 1)")
         _require(self.rbf_size > 1, f"rbf_size: {self.rbf_size!r} must be at least 2")
+        _require(self.inference_chunk >= 0, "inference_chunk must not be negative")
         _require(self.boo_lmax >= 0, f"boo_lmax: {self.boo_lmax!r} must not be negative")
         _require(
             self.hidden_size % self.num_heads == 0,

@@ -136,7 +136,11 @@ class DirectForceHead(_Head):
     def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
         """{"forces": [N, 3]}."""
         graph, node = emb["graph"], emb["node_features"]
-        terms = self.direction(emb["edge_features"], self.edge_norm) * graph.directions
+        edge = emb["edge_features"]
+        rows = self.config.inference_chunk * graph.num_slots
+        parts = edge.split(rows) if rows and not torch.is_grad_enabled() else [edge]
+        weights = torch.cat([self.direction(part, self.edge_norm) for part in parts])
+        terms = weights * graph.directions
         if self.config.smooth:
             terms = terms * graph.envelope[:, None]
         total = terms.new_zeros(len(node), 3).index_add(0, graph.receivers, terms)

@@ -6,7 +6,7 @@ A heads, D channels per head. Imports torch only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,23 @@ class AttentionGeometry:
         starts = counts.cumsum(0) - counts
         edges = directions, log_envelope, starts, counts, slots
         return cls(*edges, shape, bias.view(n, 1, 1, k), cosines, polynomials)
+
+    def chunk(self, atoms: slice, edges: slice) -> AttentionGeometry:
+        """The part that belongs to consecutive atoms and their edges."""
+        k = self.shape[1]
+        return replace(
+            self,
+            directions=self.directions[edges],
+            log_envelope=self.log_envelope[edges],
+            starts=self.starts[atoms] - edges.start,
+            counts=self.counts[atoms],
+            slots=self.slots[edges] - atoms.start * k,
+            shape=(atoms.stop - atoms.start, k),
+            bias=self.bias[atoms],
+            cosines=None if self.cosines is None else self.cosines[atoms],
+            polynomials=[polynomial[atoms] for polynomial in self.polynomials],
+            rows={},
+        )
 
 
 def neighbor_attention(
