@@ -136,7 +136,7 @@ def stages(published) -> list[dict]:
     seen = {}
     backbone = model.backbone
     backbone.input_block.register_forward_hook(
-        lambda module, args, out: seen.update(boo=args[0].boo, node_input=out[0])
+        lambda module, args, out: seen.update(boo=args[1].boo, node_input=out[0])
     )
     for index, block in enumerate(backbone.blocks):
         block.register_forward_hook(
