@@ -209,10 +209,11 @@ def _candidates(
     refuse_overlap(lengths, pairs)
     counts = torch.bincount(ends, minlength=n)
     width = int(counts.max()) if enough is None else min(int(counts.max()), enough)
-    # one sort by receiver, then distance, of integers (several times faster on a CPU); at a
-    # resolution of 1e-10 A float32 stays exact, and ties keep the order of the search
-    steps = both.detach().double() * (2.0**38 / (radius + SEARCH_MARGIN))
-    order = torch.sort((ends << 39) + steps.long(), stable=True).indices
+    # one sort by receiver, then distance, of integers (several times faster on a CPU, and by
+    # their size), which resolve a float32 beyond MIN_DISTANCE; ties keep the order of the search
+    bits = 32 if both.dtype == torch.float32 else 40
+    steps = both.detach().double() * (2.0 ** (bits - 1) / (radius + SEARCH_MARGIN))
+    order = torch.sort((ends << bits) + steps.long(), stable=True).indices
     columns = torch.arange(width, device=order.device)
     places = (counts.cumsum(0) - counts)[:, None] + columns
     candidate = order.index_select(0, places.clamp(max=len(order) - 1).view(-1))
@@ -235,7 +236,7 @@ def _ranks_of_mirrors(lists: _Candidates, candidates: Tensor, ranks: Tensor) -> 
     targets = torch.where(filled, lists.candidate.view(-1), total)
     absent = len(ranks)
     place = torch.full((total + 1,), absent, device=ranks.device)
-    place[targets] = torch.arange(absent, device=ranks.device)
+    place.scatter_(0, targets, torch.arange(absent, device=ranks.device))
     mirrors = torch.where(candidates < half, candidates + half, candidates - half)
     ranks = torch.cat([ranks, ranks.new_full((1,), torch.inf)])
     return ranks.index_select(0, place.index_select(0, mirrors))
@@ -299,16 +300,17 @@ def _pack(
 ) -> NeighborGraph:
     """The chosen candidates of ascending receivers, with a self edge before those of `selves`."""
     atoms, half = len(lists.distances), len(lists.lengths)
-    pair = candidates % half if half else candidates
+    pair = torch.where(candidates < half, candidates, candidates - half)
     used = torch.zeros(half, dtype=torch.bool, device=pair.device)
     used[pair] = True
     row_of_pair = used.cumsum(0) - 1
-    lengths = lists.lengths[used]
-    units = lists.vectors[used] / lengths[:, None]
+    kept = used.nonzero()[:, 0]
+    lengths = lists.lengths.index_select(0, kept)
+    units = lists.vectors.index_select(0, kept) / lengths[:, None]
     # one row more: the self edge, without length and direction
     lengths = torch.cat([lengths, lengths.new_zeros(1)])
     units = torch.cat([units, -units, units.new_zeros(1, 3)])
-    rows = row_of_pair[pair]
+    rows = row_of_pair.index_select(0, pair)
     turned = rows + (candidates >= half) * (len(lengths) - 1)
 
     order = torch.sort(torch.cat([selves, receivers]), stable=True).indices
@@ -322,7 +324,7 @@ def _pack(
     zero = lengths.new_zeros(1)
     last = torch.tensor([len(lengths) - 1], device=pair.device)
     return NeighborGraph(
-        senders=torch.cat([selves, lists.senders[candidates]]).index_select(0, order),
+        senders=packed(selves, lists.senders.index_select(0, candidates)),
         receivers=receivers,
         pairs=packed(last, rows),
         pair_lengths=lengths,

@@ -229,9 +229,8 @@ def _vesin(s: Structures, radius: float, *, full: bool) -> Pairs:
         # unsigned -> signed without a copy
         parts.append((j.view(np.int64) + start, i.view(np.int64) + start, shifts))
         start += count
-    senders, receivers, offsets = (
-        torch.from_numpy(np.concatenate(p)).to(s.positions.device) for p in zip(*parts, strict=True)
-    )
+    fields = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+    senders, receivers, offsets = (torch.from_numpy(p).to(s.positions.device) for p in fields)
     return Pairs(senders, receivers, offsets.to(s.positions.dtype))
 
 
