@@ -222,6 +222,17 @@ def test_searches_agree_on_a_mixed_batch(search):
     assert np.array_equal(counts.numpy(), np.concatenate(alone))
 
 
+def test_unordered_pairs_are_one_of_each_two(search):
+    """A search asked for half of the pairs finds those that `unordered` keeps of all."""
+    structures = as_structures(*many_structures().values())
+    halves = [
+        find_pairs(structures, 5.0173, search).unordered(),
+        find_pairs(structures, 5.0173, search, unordered=True),
+    ]
+    rows = [torch.column_stack([p.senders, p.receivers, p.offsets.long()]) for p in halves]
+    assert sorted(rows[0].tolist()) == sorted(rows[1].tolist())
+
+
 @pytest.mark.parametrize("preset", ["paper", "v2"])
 @pytest.mark.parametrize("pbc", [False, True])
 def test_atoms_without_neighbours_have_one_edge_to_themselves(preset, pbc, search):

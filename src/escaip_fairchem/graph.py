@@ -98,15 +98,15 @@ def build_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
 def _knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGraph:
     """Strictly the nearest `max_neighbors` within the cutoff, hard cut (preset ``paper``)."""
     k = config.max_neighbors
-    lists = _candidates(structures, config, config.cutoff, enough=k)
-    keep = lists.distances[:, :k] < FAR
+    lists = _candidates(structures, config, config.cutoff, first=6.0, enough=k)
+    keep = lists.distances < FAR
     receivers = keep.nonzero()[:, 0]
     # an atom without neighbours attends to itself, as in the authors' patch_singleton_atom,
     # but without their direction (1, 0, 0), which gave it a force
     lonely = (~keep.any(1)).nonzero()[:, 0]
     return _pack(
         lists,
-        candidates=lists.candidate[:, :k][keep],
+        candidates=lists.candidate[keep],
         receivers=receivers,
         selves=lonely,
         self_exists=False,
@@ -121,32 +121,41 @@ def _soft_knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGra
     either end, over k, and of its length over the cutoff; edges with a value below 1 exist.
     fairchem-core 2.24 models/escaip/utils/radius_graph.py is the reference.
     """
-    k = config.max_neighbors
-    step = _smooth_step if config.smooth else _sine_step
+    k, scale = config.max_neighbors, config.rank_scale
     # a rank counts what is up to pi * rank_scale further away than the edge itself
-    reach = config.cutoff + torch.pi * config.rank_scale
-    lists = _candidates(structures, config, reach, enough=None)
-    n = len(structures.positions)
+    reach = config.cutoff + torch.pi * scale
+    enough = None if config.smooth else k + RANK_MARGIN - 1
+    lists = _candidates(structures, config, reach, first=reach, enough=enough)
+    n, width = lists.distances.shape
     # the atom itself, at distance 0, takes part in the ranking
     distances = torch.cat([lists.distances.new_zeros(n, 1), lists.distances], dim=1)
-    if not config.smooth:
-        distances = distances[:, : k + RANK_MARGIN]
-    own = _ranks(distances, distances, step, config.rank_scale)[:, 1:]
-    near = (distances[:, 1:] <= config.cutoff) & (own < k)
-    receivers = near.nonzero()[:, 0]
-    candidates = lists.candidate[:, : near.shape[1]][near]
-    senders = lists.senders[candidates]
-    lengths = distances[:, 1:][near]
-    theirs = _ranks(lengths[:, None], distances[senders], step, config.rank_scale)[:, 0]
-    terms = torch.stack([own[near] / k, theirs / k, lengths / config.cutoff])
+    if config.smooth:
+        ranks = _ranks(distances, distances, _smooth_step, scale)[:, 1:]
+    else:
+        ranks = _sine_ranks(distances, scale)[:, 1:]
+    near = (lists.distances <= config.cutoff) & (ranks < k)
+    ranks = ranks.reshape(-1)
+    places = near.view(-1).nonzero()[:, 0]
+    receivers = places // max(width, 1)
+    candidates = lists.candidate.view(-1).index_select(0, places)
+    senders = lists.senders.index_select(0, candidates)
+    lengths = lists.distances.view(-1).index_select(0, places)
+    own = ranks.index_select(0, places)
+    theirs = _ranks_of_mirrors(lists, candidates, ranks)
+    # atoms that the neighbour's own list is too short for
+    absent = theirs.isinf().nonzero()[:, 0]
+    rows = distances.index_select(0, senders.index_select(0, absent))
+    found = _ranks(lengths.index_select(0, absent)[:, None], rows, _sine_step, scale)[:, 0]
+    theirs = theirs.index_copy(0, absent, found)
+    terms = torch.stack([own / k, theirs / k, lengths / config.cutoff])
     x = config.envelope_scale * torch.logsumexp(terms / config.envelope_scale, dim=0)
 
     inside = (x < 1).nonzero()[:, 0]
-    x2 = x[inside].square()
+    x2 = x.index_select(0, inside).square()
     return _pack(
         lists,
-        candidates=candidates[inside],
-        receivers=receivers[inside],
+        candidates=candidates.index_select(0, inside),
+        receivers=receivers.index_select(0, inside),
         selves=torch.arange(n, device=senders.device),
         self_exists=True,
         log_envelope=-x2 / (1 - x2),
@@ -169,41 +178,89 @@ class _Candidates:
 
 
 def _candidates(
-    structures: Structures, config: EScAIPConfig, reach: float, enough: int | None
+    structures: Structures,
+    config: EScAIPConfig,
+    reach: float,
+    *,
+    first: float,
+    enough: int | None,
 ) -> _Candidates:
-    """Sorted candidate lists within `reach`, or shorter ones that hold `enough` everywhere.
+    """Sorted lists of the nearest `enough` (None: of all) candidates within `reach`.
 
-    The nearest `enough` neighbours are the same whatever the radius, once every atom has
-    that many; a small first radius saves most of a 12 A search.
+    The nearest neighbours are the same whatever the radius, once every atom has enough of
+    them; a small `first` radius saves most of a 12 A search.
     """
     n = len(structures.positions)
-    radius = reach if enough is None else min(reach, 6.0)
+    radius = min(first, reach)
     while True:
-        pairs = find_pairs(structures, radius + SEARCH_MARGIN, config.neighbor_search).unordered()
+        pairs = find_pairs(
+            structures, radius + SEARCH_MARGIN, config.neighbor_search, unordered=True
+        )
         vectors = pairs.vectors(structures)
         lengths = vectors.square().sum(-1).sqrt()
-        inside = lengths <= radius
-        ends = torch.cat([pairs.receivers[inside], pairs.senders[inside]])
-        counts = torch.bincount(ends, minlength=n)
-        if radius >= reach or int(counts.min()) >= enough:
+        both = torch.cat([lengths, lengths])
+        ends = torch.cat([pairs.receivers, pairs.senders])
+        if radius >= reach:
+            break
+        within = torch.bincount(ends, (both.detach() <= radius).to(both.dtype), minlength=n)
+        if int(within.min()) >= enough:
             break
         radius = min(reach, 1.5 * radius)
     refuse_overlap(lengths, pairs)
-    pairs, vectors, lengths = pairs.select(inside), vectors[inside], lengths[inside]
-    width = int(counts.max())
-    both = torch.cat([lengths, lengths])
-    # stable sorts by distance, then by receiver: ties keep the order of the search
-    by_length = torch.sort(both.detach(), stable=True).indices
-    order = by_length[torch.sort(ends[by_length], stable=True).indices]
-    rows = ends[order]
-    columns = torch.arange(len(order), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    place = rows * width + columns
-    distances = both.new_full((n * width,), FAR).index_copy(0, place, both.index_select(0, order))
-    candidate = torch.zeros(n * width, dtype=torch.long, device=rows.device)
-    candidate[place] = order
-    senders = torch.cat([pairs.senders, pairs.receivers])
-    shape = (n, width)
-    return _Candidates(senders, vectors, lengths, distances.view(shape), candidate.view(shape))
+    counts = torch.bincount(ends, minlength=n)
+    width = int(counts.max()) if enough is None else min(int(counts.max()), enough)
+    # one sort by receiver, then distance, of integers (several times faster on a CPU, and by
+    # their size), which resolve a float32 beyond MIN_DISTANCE; ties keep the order of the search
+    bits = 32 if both.dtype == torch.float32 else 40
+    steps = both.detach().double() * (2.0 ** (bits - 1) / (radius + SEARCH_MARGIN))
+    order = torch.sort((ends << bits) + steps.long(), stable=True).indices
+    columns = torch.arange(width, device=order.device)
+    places = (counts.cumsum(0) - counts)[:, None] + columns
+    candidate = order.index_select(0, places.clamp(max=len(order) - 1).view(-1))
+    distances = both.index_select(0, candidate).view(n, width)
+    filled = (columns < counts[:, None]) & (distances <= radius)
+    return _Candidates(
+        senders=torch.cat([pairs.senders, pairs.receivers]),
+        vectors=vectors,
+        lengths=lengths,
+        distances=torch.where(filled, distances, FAR),
+        candidate=torch.where(filled, candidate.view(n, width), 0),
+    )
+
+
+def _ranks_of_mirrors(lists: _Candidates, candidates: Tensor, ranks: Tensor) -> Tensor:
+    """`ranks` [N * C] of the same pairs in their other ends' lists, inf where not in them."""
+    total, half = len(lists.senders), len(lists.lengths)
+    filled = lists.distances.view(-1) < FAR
+    # one place more for the paddings of the lists
+    targets = torch.where(filled, lists.candidate.view(-1), total)
+    absent = len(ranks)
+    place = torch.full((total + 1,), absent, device=ranks.device)
+    place.scatter_(0, targets, torch.arange(absent, device=ranks.device))
+    mirrors = torch.where(candidates < half, candidates + half, candidates - half)
+    ranks = torch.cat([ranks, ranks.new_full((1,), torch.inf)])
+    return ranks.index_select(0, place.index_select(0, mirrors))
+
+
+def _sine_ranks(distances: Tensor, scale: float) -> Tensor:
+    """`_ranks` of each row of ascending `distances` [N, C] in itself, for `_sine_step`.
+
+    The step is 0 or 1 outside of a window of the row, and inside of it sin(a - b) =
+    sin(a) cos(b) - cos(a) sin(b) turns the sum into differences of cumulative sums, which are
+    double because they cancel.
+    """
+    values = distances.detach().double()
+    lower = torch.searchsorted(values, values - torch.pi * scale)
+    upper = torch.searchsorted(values, values + torch.pi * scale)
+    phase = distances.double() * (0.5 / scale)
+    sin, cos = phase.sin(), phase.cos()
+
+    def window(terms: Tensor) -> Tensor:
+        sums = torch.nn.functional.pad(terms.cumsum(1), (1, 0))
+        return sums.gather(1, upper) - sums.gather(1, lower)
+
+    ranks = 0.5 * (lower + upper) + 0.5 * (sin * window(cos) - cos * window(sin))
+    return ranks.to(distances.dtype)
 
 
 def _ranks(lengths: Tensor, distances: Tensor, step, scale: float) -> Tensor:
@@ -243,16 +300,17 @@ def _pack(
 ) -> NeighborGraph:
     """The chosen candidates of ascending receivers, with a self edge before those of `selves`."""
     atoms, half = len(lists.distances), len(lists.lengths)
-    pair = candidates % half if half else candidates
+    pair = torch.where(candidates < half, candidates, candidates - half)
     used = torch.zeros(half, dtype=torch.bool, device=pair.device)
     used[pair] = True
     row_of_pair = used.cumsum(0) - 1
-    lengths = lists.lengths[used]
-    units = lists.vectors[used] / lengths[:, None]
+    kept = used.nonzero()[:, 0]
+    lengths = lists.lengths.index_select(0, kept)
+    units = lists.vectors.index_select(0, kept) / lengths[:, None]
     # one row more: the self edge, without length and direction
     lengths = torch.cat([lengths, lengths.new_zeros(1)])
     units = torch.cat([units, -units, units.new_zeros(1, 3)])
-    rows = row_of_pair[pair]
+    rows = row_of_pair.index_select(0, pair)
     turned = rows + (candidates >= half) * (len(lengths) - 1)
 
     order = torch.sort(torch.cat([selves, receivers]), stable=True).indices
@@ -266,7 +324,7 @@ def _pack(
     zero = lengths.new_zeros(1)
     last = torch.tensor([len(lengths) - 1], device=pair.device)
     return NeighborGraph(
-        senders=torch.cat([selves, lists.senders[candidates]]).index_select(0, order),
+        senders=packed(selves, lists.senders.index_select(0, candidates)),
         receivers=receivers,
         pairs=packed(last, rows),
         pair_lengths=lengths,

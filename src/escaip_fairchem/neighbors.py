@@ -47,37 +47,55 @@ class Pairs:
 
     def select(self, mask: Tensor) -> Pairs:
         """The pairs where `mask` is true."""
-        return Pairs(self.senders[mask], self.receivers[mask], self.offsets[mask])
+        # one nonzero and index_select: far faster on a CPU than three times x[mask]
+        rows = mask.nonzero()[:, 0]
+        fields = (self.senders, self.receivers, self.offsets)
+        return Pairs(*(field.index_select(0, rows) for field in fields))
 
     def unordered(self) -> Pairs:
         """Each pair once, [P / 2]: of i -> j and j -> i the one with i < j; of images, one sign."""
-        first = self.offsets.new_tensor([1.0, 1e-4, 1e-8])  # the sign of the first non-zero
-        sign = (self.offsets.clamp(-1, 1) * first).sum(-1)
+        return self.select(self._forward())
+
+    def turned(self) -> Pairs:
+        """The ends of each pair as `unordered` would have them, exchanged where necessary."""
+        sign = torch.where(self._forward(), 1.0, -1.0).to(self.offsets.dtype)
+        senders = torch.minimum(self.senders, self.receivers)
+        receivers = torch.maximum(self.senders, self.receivers)
+        return Pairs(senders, receivers, self.offsets * sign[:, None])
+
+    def _forward(self) -> Tensor:
+        x, y, z = self.offsets.unbind(1)
+        sign = x + 1e-4 * y + 1e-8 * z  # that of the first non-zero
         same = self.senders == self.receivers
-        return self.select((self.senders < self.receivers) | (same & (sign > 0)))
+        return (self.senders < self.receivers) | (same & (sign > 0))
 
     def vectors(self, structures: Structures) -> Tensor:
         """r_receiver - (r_sender + offset.cell), from neighbour to atom, Angstrom, [P, 3].
 
         Differentiable with respect to positions and cell.
         """
-        cell = structures.cell[structures.system_idx[self.receivers]]
+        cell, positions = structures.cell, structures.positions
+        if len(cell) > 1:
+            system = structures.system_idx.index_select(0, self.receivers)
+            cell = cell.index_select(0, system)
         shift = times_matrix(self.offsets, cell)
-        positions = structures.positions
         receivers = positions.index_select(0, self.receivers)
         return receivers - (positions.index_select(0, self.senders) + shift)
 
 
 def times_matrix(vectors: Tensor, matrices: Tensor) -> Tensor:
-    """Row vectors times matrices, [M, 3] x [M, 3, 3] -> [M, 3], in full precision.
+    """Row vectors times matrices (or one), [M, 3] x [M, 3, 3] -> [M, 3], in full precision.
 
     Written out, because matrix products may run in TF32 or be autocast during training.
     """
-    return (vectors[:, :, None] * matrices).sum(1)
+    (x, y, z), (a, b, c) = vectors[:, :, None].unbind(1), matrices.unbind(1)
+    return x * a + y * b + z * c
 
 
 @torch.no_grad()
-def find_pairs(structures: Structures, radius: float, search: str = "auto") -> Pairs:
+def find_pairs(
+    structures: Structures, radius: float, search: str = "auto", *, unordered: bool = False
+) -> Pairs:
     """All pairs of atoms within a radius, periodic images included.
 
     Args:
@@ -86,6 +104,7 @@ def find_pairs(structures: Structures, radius: float, search: str = "auto") -> P
         search: ``auto`` | ``fairchem`` (generate_graph version 2) | ``nvidia`` (version 3)
             | ``vesin``. ``auto`` is version 3 on a GPU with nvalchemiops (unless a structure is
             too dense for it), else version 2.
+        unordered: Each pair once, as `Pairs.unordered` has it, instead of i -> j and j -> i.
 
     Returns:
         The pairs, in no particular order; one exactly at the radius may be missing.
@@ -98,13 +117,16 @@ def find_pairs(structures: Structures, radius: float, search: str = "auto") -> P
     wrapped, shifts = _wrap(structures)
     _refuse_coincident(wrapped)
     if name == "vesin":
-        pairs = _vesin(wrapped, radius)
+        pairs = _vesin(wrapped, radius, full=not unordered)
     if name == "nvidia":
         pairs = _nvidia(wrapped, radius, required=search == "nvidia")
     if pairs is None:
         pairs = _fairchem(wrapped, radius, version=2, max_neighbors=-1)
+    if unordered:
+        pairs = pairs.turned() if name == "vesin" else pairs.unordered()
     # the wrapped atom s is s - shift.cell; undo it in the offset of the pair
-    offsets = pairs.offsets - shifts[pairs.senders] + shifts[pairs.receivers]
+    offsets = pairs.offsets - shifts.index_select(0, pairs.senders)
+    offsets += shifts.index_select(0, pairs.receivers)
     return Pairs(pairs.senders, pairs.receivers, offsets)
 
 
@@ -192,7 +214,7 @@ class _GraphInput(dict):
         self.__dict__ = self
 
 
-def _vesin(s: Structures, radius: float) -> Pairs:
+def _vesin(s: Structures, radius: float, *, full: bool) -> Pairs:
     import vesin
 
     parts = []
@@ -200,15 +222,15 @@ def _vesin(s: Structures, radius: float) -> Pairs:
     positions, cells = s.positions.double().cpu().numpy(), s.cell.double().cpu().numpy()
     pbc = s.pbc.cpu().numpy()
     for index, count in enumerate(s.natoms.tolist()):
-        search = vesin.NeighborList(cutoff=radius, full_list=True, n_threads=1)
+        search = vesin.NeighborList(cutoff=radius, full_list=full, n_threads=1)
         i, j, shifts = search.compute(
             positions[start : start + count], cells[index], pbc[index], "ijS"
         )
-        parts.append(((j + start).astype(int), (i + start).astype(int), shifts))
+        # unsigned -> signed without a copy
+        parts.append((j.view(np.int64) + start, i.view(np.int64) + start, shifts))
         start += count
-    senders, receivers, offsets = (
-        torch.from_numpy(np.concatenate(p)).to(s.positions.device) for p in zip(*parts, strict=True)
-    )
+    fields = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+    senders, receivers, offsets = (torch.from_numpy(p).to(s.positions.device) for p in fields)
     return Pairs(senders, receivers, offsets.to(s.positions.dtype))
 
 
