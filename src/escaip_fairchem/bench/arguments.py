@@ -60,6 +60,8 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_batch(parser)
+    parser.add_argument("--checkpointing", choices=["none", "pointwise", "block"], help="of ours")
+    parser.add_argument("--inference-chunk", type=int, metavar="ATOMS", help="of ours (0: all)")
     parser.add_argument("--stress", action="store_true", help="conservative: stress as well")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(

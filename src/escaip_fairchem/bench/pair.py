@@ -61,12 +61,13 @@ def builtin_config(
     return config | changes
 
 
-def model_pair(config: dict[str, Any], seed: int = 0) -> tuple[HydraModel, EScAIP]:
+def model_pair(config: dict[str, Any], seed: int = 0, **own_keys: Any) -> tuple[HydraModel, EScAIP]:
     """The built-in model with random weights away from their start, and ours with the same.
 
     Args:
         config: Backbone keys, from `builtin_config`.
         seed: Of the weights.
+        **own_keys: Backbone keys that only ours has.
 
     Returns:
         The built-in model and ours, in eval mode.
@@ -88,7 +89,7 @@ def model_pair(config: dict[str, Any], seed: int = 0) -> tuple[HydraModel, EScAI
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(PERTURBATION * torch.randn_like(parameter))
-    own = own_model(config)
+    own = own_model(config | own_keys)
     own.load_state_dict(convert_state_dict(reference.state_dict(), conservative=not direct))
     return reference.eval(), own.eval()
 

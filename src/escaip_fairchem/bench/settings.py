@@ -29,6 +29,8 @@ class Settings:
     threads: int = 1
     device: str = "cpu"
     precision: str = "fp32"
+    checkpointing: str = "pointwise"
+    inference_chunk: int = 0
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
@@ -80,12 +82,21 @@ class Settings:
             **(keys | changes),
         )
 
+    def own_keys(self) -> dict[str, Any]:
+        """Backbone keys of ours that the built-in lacks."""
+        return {"checkpointing": self.checkpointing, "inference_chunk": self.inference_chunk}
+
     def columns(self) -> dict[str, Any]:
         """The columns of a row that say what was run."""
+        config = f"v2 H{self.hidden} L{self.layers} K{self.neighbors}"
+        if self.checkpointing != type(self).checkpointing:
+            config += f" checkpointing={self.checkpointing}"
+        if self.inference_chunk:
+            config += f" inference_chunk={self.inference_chunk}"
         return {
             "device": self.device,
             "threads": self.threads,
-            "config": f"v2 H{self.hidden} L{self.layers} K{self.neighbors}",
+            "config": config,
             "kind": self.kind + (" with stress" if self.stress else ""),
             "domain": self.domain,
             "precision": self.precision,
