@@ -158,8 +158,8 @@ def test_no_speed_where_a_weight_differs():
 
 
 def test_no_speed_is_printed_or_written_where_models_differ(tmp_path, capsys, monkeypatch):
-    def spoilt(config, seed=0):
-        pair = model_pair(config, seed)
+    def spoilt(config, seed=0, **keys):
+        pair = model_pair(config, seed, **keys)
         with torch.no_grad():
             next(iter(pair[1].output_heads.energy.parameters())).mul_(1.5)
         return pair
