@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from escaip_fairchem.neighbors import Structures, find_pairs, refuse_overlap
+from escaip_fairchem.neighbors import Pairs, Structures, find_pairs, refuse_overlap
 
 if TYPE_CHECKING:
     from escaip_fairchem.config import EScAIPConfig
@@ -34,7 +34,8 @@ class NeighborGraph:
     Attributes:
         senders: Neighbour of each edge, [E].
         receivers: Atom that the edge belongs to, ascending, [E].
-        pairs: Row of each edge in `pair_lengths`, the same for i -> j and j -> i, [E].
+        pairs: Row of each edge in `pair_lengths`; of a direct model the same for i -> j and
+            j -> i, [E].
         pair_lengths: Distances, Angstrom; one 0 for all self edges, [U].
         directions: Unit vectors from the neighbour to the atom; zero for a self edge, [E, 3].
         log_envelope: Logarithm of the edge's weight, 0 for a hard cut, [E].
@@ -167,7 +168,7 @@ class _Candidates:
     """Pairs within reach, [P / 2], and each atom's list of them by distance, [N, C].
 
     Candidate p < P / 2 of the lists is pair p, candidate p + P / 2 the same pair seen from its
-    other end. Lists are padded with distance FAR (and candidate 0).
+    other end; a conservative model has vectors and lengths of all P. Lists are padded with distance FAR (and candidate 0).
     """
 
     senders: Tensor  # of every candidate, [P]
@@ -207,6 +208,12 @@ def _candidates(
             break
         radius = min(reach, 1.5 * radius)
     refuse_overlap(lengths, pairs)
+    if not config.direct_forces:
+        # forces differentiate Gaussians of 0.02 A, which amplifies the rounding of a length: each
+        # direction has its own, as in the reference
+        mirrored = Pairs(pairs.receivers, pairs.senders, -pairs.offsets)
+        vectors = torch.cat([vectors, mirrored.vectors(structures)])
+        lengths = both = vectors.square().sum(-1).sqrt()
     counts = torch.bincount(ends, minlength=n)
     width = int(counts.max()) if enough is None else min(int(counts.max()), enough)
     # one sort by receiver, then distance, of integers (several times faster on a CPU, and by
@@ -230,7 +237,7 @@ def _candidates(
 
 def _ranks_of_mirrors(lists: _Candidates, candidates: Tensor, ranks: Tensor) -> Tensor:
     """`ranks` [N * C] of the same pairs in their other ends' lists, inf where not in them."""
-    total, half = len(lists.senders), len(lists.lengths)
+    total, half = len(lists.senders), len(lists.senders) // 2
     filled = lists.distances.view(-1) < FAR
     # one place more for the paddings of the lists
     targets = torch.where(filled, lists.candidate.view(-1), total)
