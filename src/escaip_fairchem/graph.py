@@ -168,7 +168,8 @@ class _Candidates:
     """Pairs within reach, [P / 2], and each atom's list of them by distance, [N, C].
 
     Candidate p < P / 2 of the lists is pair p, candidate p + P / 2 the same pair seen from its
-    other end; a conservative model has vectors and lengths of all P. Lists are padded with distance FAR (and candidate 0).
+    other end; a conservative model has vectors and lengths of all P. Lists are padded with
+    distance FAR (and candidate 0).
     """
 
     senders: Tensor  # of every candidate, [P]
