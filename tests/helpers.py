@@ -65,11 +65,14 @@ def predict(model: EScAIP, *structures: Atoms) -> dict[str, np.ndarray]:
     return values
 
 
-def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over the largest expected number; NaN must be in the same places."""
+def relative_error(got: np.ndarray, expected: np.ndarray, scale: float | None = None) -> float:
+    """Largest difference over ``scale``, by default the largest expected number.
+
+    NaN must be in the same places.
+    """
     assert got.shape == expected.shape
     assert (np.isnan(got) == np.isnan(expected)).all()
-    return float(np.nanmax(np.abs(got - expected)) / np.nanmax(np.abs(expected)))
+    return float(np.nanmax(np.abs(got - expected)) / (scale or np.nanmax(np.abs(expected))))
 
 
 def slab(*, pbc=(True, True, True), height: float = 20.0) -> Atoms:
