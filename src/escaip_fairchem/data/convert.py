@@ -6,13 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from escaip_fairchem.data import checks, splits, store
 from escaip_fairchem.data.frames import (
     Frame,
     LabelKeys,
     expand_inputs,
+    free_atoms,
     group_of,
     labelled,
     read_frames,
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    import numpy as np
     from ase import Atoms
 
 DATASET_FILE = "dataset.yaml"
@@ -170,14 +170,6 @@ def write_dataset(
     known = {chemical_symbols[z] for z in references.elements}
     unseen = sorted(val_elements - known)
     return Summary(out, len(train), len(val), n_stress, references, scale.rms, unseen)
-
-
-def free_atoms(atoms: Atoms) -> np.ndarray:
-    """Mask of the atoms that ``FixAtoms`` leaves free, (N,) bool."""
-    free = np.ones(len(atoms), dtype=bool)
-    for constraint in atoms.constraints:
-        free[constraint.index] = False
-    return free
 
 
 def convert(

@@ -230,3 +230,11 @@ def _plain_info(frame: Frame, keys: LabelKeys) -> dict[str, Any]:
 def _keys_of(frame: Frame, where: str) -> str:
     """List the keys that a frame has."""
     return f"{where} has {', '.join(sorted(map(str, getattr(frame.atoms, where)))) or 'no keys'}"
+
+
+def free_atoms(atoms: Atoms) -> np.ndarray:
+    """Mask of the atoms that ``FixAtoms`` leaves free, (N,) bool."""
+    free = np.ones(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        free[constraint.index] = False
+    return free

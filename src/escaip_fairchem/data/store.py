@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from escaip_fairchem.data.frames import free_atoms
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def data_root() -> Path:
 
 
 class SplitWriter:
-    """Writes frames as ``data.NNNN.aselmdb`` shards, and the atom counts that samplers need.
+    """Writes frames as ``data.NNNN.aselmdb`` shards, and atom counts and mean forces for samplers.
 
     fairchem tries to open every file of the folder, so nothing else is left in it.
     """
@@ -41,6 +42,7 @@ class SplitWriter:
         folder.mkdir(parents=True)
         self._folder = folder
         self._natoms: list[int] = []
+        self._mean_forces: list[float] = []
         self._shard: list[Atoms] = []
         self._n_shards = 0
 
@@ -56,6 +58,7 @@ class SplitWriter:
                 fairchem puts back into ``info``.
         """
         self._natoms.append(len(atoms))
+        self._mean_forces.append(_mean_force(atoms))
         self._shard.append(atoms)
         if len(self._shard) == FRAMES_PER_SHARD:
             self._write_shard()
@@ -64,7 +67,11 @@ class SplitWriter:
         """Write what is held, and ``metadata.npz``."""
         if self._shard:
             self._write_shard()
-        np.savez(self._folder / "metadata.npz", natoms=np.array(self._natoms, dtype=np.int64))
+        np.savez(
+            self._folder / "metadata.npz",
+            natoms=np.array(self._natoms, dtype=np.int64),
+            mean_force=np.array(self._mean_forces),
+        )
 
     def _write_shard(self) -> None:
         """Write the frames held in a single transaction."""
@@ -79,6 +86,12 @@ class SplitWriter:
         path.with_name(path.name + "-lock").unlink(missing_ok=True)
         self._shard = []
         self._n_shards += 1
+
+
+def _mean_force(atoms: Atoms) -> float:
+    """Mean length of the forces on free atoms, eV/A."""
+    forces = atoms.get_forces(apply_constraint=False)[free_atoms(atoms)]
+    return float(np.linalg.norm(forces, axis=1).mean()) if len(forces) else 0.0
 
 
 @contextmanager
