@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.averaging import ema_decay_at, warmed_up_average
 from escaip_fairchem.train.callbacks import column_names, read_metrics
 from escaip_fairchem.train.runner import share_cores
-from escaip_fairchem.train.unit import ema_decay_at, warmed_up_average
 
 if TYPE_CHECKING:
     from escaip_fairchem.train.parity import Parity
