@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from fairchem.core._cli import get_hydra_config_from_yaml
 from fairchem.core.units.mlip_unit import mlip_unit
+from omegaconf import OmegaConf
 
 from data_helpers import stored
+from escaip_fairchem.data.sample import make_oc20_sample
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.callbacks import read_metrics
 from escaip_fairchem.train.evaluation import within_threshold
+from escaip_fairchem.train.runner import TrainEvalRunner
+from escaip_fairchem.train.unit import TrainEvalUnit
 from unit_parts import (
     Answers,
     batches,
@@ -35,6 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ase import Atoms
+
+RECIPES = Path(__file__).parents[1] / "configs"
 
 
 def free(atoms: Atoms) -> np.ndarray:
@@ -109,7 +118,7 @@ def test_two_batches_are_one_large_batch(form: str, frames: Path, tmp_path: Path
     unit = make_unit(tmp_path, form, accumulate=2)
     apart = gradient(unit, batches(frames / "frames", [[1, 2, 3], [0, 4]]))
     whole = gradient(unit, batches(frames / "frames", [[1, 2, 3, 0, 4]]))
-    assert largest(apart, whole) < 2e-5
+    assert largest(apart, whole) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["paper", "v2"])
@@ -120,7 +129,7 @@ def test_gradient_of_one_batch_is_fairchems(form: str, frames: Path, tmp_path: P
     losses = mlip_unit.compute_loss(make_tasks(form), unit.model(batch), batch)
     sum(losses.values()).backward()
     theirs = torch.cat([p.grad.flatten() for p in unit.model.parameters()])
-    assert largest(ours, theirs) < 2e-5
+    assert largest(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["paper", "v2"])
@@ -129,13 +138,13 @@ def test_two_ranks_are_one_that_accumulates(
 ) -> None:
     unit = make_unit(tmp_path, form, accumulate=2)
     data = batches(frames / "frames", GROUPS)
-    assert largest(two[0]["gradient", form], gradient(unit, data[:2])) < 2e-5
-    assert largest(two[0]["four", form], gradient(unit, data[:4])) < 2e-5
+    assert largest(two[0]["gradient", form], gradient(unit, data[:2])) < 1e-5
+    assert largest(two[0]["four", form], gradient(unit, data[:4])) < 1e-5
     before = weights(unit)
     train(unit, [data[i : i + 2] for i in range(0, 2 * STEPS, 2)])
     moved = (weights(unit) - before).abs().max()
     difference = (two[0]["plain", form] - weights(unit)).abs().max()
-    assert difference < 1e-2 * moved
+    assert difference < 1e-4 * moved
     assert torch.equal(two[0]["plain", form], two[1]["plain", form])
 
 
@@ -162,7 +171,7 @@ def test_sharded_state_goes_to_any_number_of_ranks(
     before = weights(unit)
     train(unit, [batches(frames / "frames", GROUPS[:2])])
     moved = (weights(unit) - before).abs().max()
-    assert (weights(unit) - two[0]["one more"]).abs().max() < 1e-2 * moved
+    assert (weights(unit) - two[0]["one more"]).abs().max() < 1e-4 * moved
     loaded = torch.load(frames / "sharded" / "inference_ckpt.pt", weights_only=False)
     assert loaded.model_state_dict.keys() == unit.state_dict()["model"].keys()
 
@@ -359,3 +368,64 @@ def test_epoch_of_another_length_goes_on_at_the_same_part(tmp_path: Path) -> Non
     other.load_state_dict(state)
     assert other.train_progress.num_steps_completed == 10
     assert other.train_progress.num_steps_completed_in_epoch == 3
+
+
+def run(config: Any) -> None:
+    """What fairchem's command does after composing, in this process."""
+    job, parts = config.job, {**config.runner}
+    Path(job.metadata.config_path).parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, job.metadata.config_path)
+    parts.pop("_target_"), parts.pop("_recursive_")
+    runner = TrainEvalRunner(**parts)
+    runner.job_config = job
+    torch.manual_seed(0)
+    runner.load_state(None)
+    runner.run()
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*/*.yml")), ids=lambda path: path.stem)
+def test_recipes_have_the_settings_and_they_are_off(recipe: Path) -> None:
+    unit = get_hydra_config_from_yaml(str(recipe), []).runner.train_eval_unit
+    assert (unit.accumulate, unit.fp16, unit.shard_optimizer) == (1, False, False)
+
+
+def test_resumed_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten batches by threes: every frame once an epoch, the last step with the one left over."""
+    monkeypatch.setenv("ESCAIP_DATA", str(tmp_path / "data"))
+    make_oc20_sample(tmp_path / "data" / "oc20" / "sample", n_frames=12)
+    recipe = RECIPES / "oc20" / "escaip_2m.yml"
+    config = get_hydra_config_from_yaml(
+        str(recipe),
+        ["cluster=cpu", "backbone=tiny", "dataset=sample", "steps=6", "epochs=null", "accumulate=3",
+         "max_atoms=38", "checkpoint_every_n_steps=3", f"job.run_dir={tmp_path}",
+         "job.timestamp_id=run"],
+    )  # fmt: skip
+    seen = []
+    step = TrainEvalUnit.train_step
+
+    def spy(unit: Any, state: Any, data: list[Any]) -> None:
+        seen.append([energy for batch in data for energy in batch.energy.tolist()])
+        sizes.append(len(data))
+        step(unit, state, data)
+
+    sizes: list[int] = []
+    monkeypatch.setattr(TrainEvalUnit, "train_step", spy)
+    run(config)
+    assert sizes == [3, 3, 3, 1, 3, 3]
+    labels = [
+        np.float32(a.get_potential_energy()) for a in stored(tmp_path / "data/oc20/sample/train")
+    ]
+    assert sorted(energy for step in seen[:4] for energy in step) == sorted(labels)
+    final = tmp_path / "run" / "checkpoints" / "final"
+    undisturbed = torch.load(final / "inference_ckpt.pt", weights_only=False)
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    shutil.rmtree(final)
+    run(config)
+    assert sizes[6:] == [1, 3, 3], "from step 3 on"
+    assert seen[6:] == seen[3:6]
+    resumed = torch.load(final / "inference_ckpt.pt", weights_only=False)
+    for name, tensor in undisturbed.ema_state_dict.items():
+        assert torch.equal(tensor, resumed.ema_state_dict[name]), name
+    again = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert [row["lr"] for row in again] == [row["lr"] for row in rows]
+    assert again[-1]["val_efwt"] == rows[-1]["val_efwt"]

@@ -68,7 +68,7 @@ def get_dataloader(
 
 def _worker_context() -> Any:
     """How workers are started: by default, or forked from a server instead of spawned."""
-    if multiprocessing.get_start_method() != "spawn":
+    if multiprocessing.get_start_method(allow_none=True) != "spawn":
         return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["escaip_fairchem.data.datasets"])
