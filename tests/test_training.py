@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.averaging import ema_decay_at, warmed_up_average
 from escaip_fairchem.train.callbacks import column_names, read_metrics
 from escaip_fairchem.train.runner import share_cores
-from escaip_fairchem.train.unit import ema_decay_at, warmed_up_average
 
 if TYPE_CHECKING:
     from escaip_fairchem.train.parity import Parity
@@ -170,10 +170,11 @@ def test_resumed_run_ends_at_the_same_weights(
 
 
 def test_two_processes(workplace: Path) -> None:
-    """On CPUs (gloo): every parameter gets its gradient, and both processes end."""
+    """On CPUs (gloo), with data-loader workers: both processes share the work, and end."""
     done = fairchem(
-        workplace, "recipe.yml", *SMALL, "job.scheduler.ranks_per_node=2", "steps=4",
-        "epochs=null", "max_atoms=120", "job.timestamp_id=two",
+        workplace, "recipe.yml", *SMALL, "job.scheduler.ranks_per_node=2", "num_workers=1",
+        "accumulate=2", "shard_optimizer=true", "steps=4", "epochs=null", "max_atoms=120",
+        "job.timestamp_id=two",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     run = workplace / "runs" / "two"
@@ -181,6 +182,7 @@ def test_two_processes(workplace: Path) -> None:
     assert all(tensor.isfinite().all() for tensor in final.values())
     last = [row for row in read_metrics(run / "metrics.csv") if "val_loss" in row][-1]
     assert last["step"] == 4
+    assert 0 <= last["val_efwt"] <= 1
 
 
 def test_absent_data_is_the_last_line(workplace: Path) -> None:

@@ -99,13 +99,7 @@ class MetricsCallback(Callback):
 
 
 def _metric_columns(state: State, unit: TrainEvalUnit) -> list[str]:
-    names = [
-        f"val/{dataset},{task.name},{metric}"
-        for task in unit.tasks
-        for dataset in state.eval_state.dataloader.dataset.dataset_names
-        if any(part in dataset for part in task.datasets)
-        for metric in task.metrics
-    ]
+    names = unit.eval_unit.metric_names(state.eval_state.dataloader.dataset.dataset_names)
     return list(column_names(dict.fromkeys(["val/loss", *names], 0.0)))
 
 
@@ -119,12 +113,12 @@ def column_names(metrics: dict[str, float]) -> dict[str, float]:
         Values by column name. With several data sets of one split, their full names are kept.
     """
     parts = {name: name.removeprefix("val/").split(",") for name in metrics if "," in name}
-    datasets = {dataset for dataset, _, _ in parts.values()}
+    datasets = {dataset for dataset, *_ in parts.values()}
     splits = {dataset: dataset.rpartition(".")[2] for dataset in datasets}
     unique = len(set(splits.values())) == len(datasets)
     named = {
-        "_".join([splits[dataset] if unique else dataset, task, metric]): metrics[name]
-        for name, (dataset, task, metric) in parts.items()
+        "_".join([splits[dataset] if unique else dataset, *rest]): metrics[name]
+        for name, (dataset, *rest) in parts.items()
     }
     return {"val_loss": metrics["val/loss"], **named}
 

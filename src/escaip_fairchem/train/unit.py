@@ -1,101 +1,273 @@
-"""fairchem's training unit, with an average of the weights that suits short runs too."""
+"""fairchem's training unit, for large batches on few GPUs, reduced precision and short runs."""
 
 from __future__ import annotations
 
+import logging
+import math
+import time
+from contextlib import nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from fairchem.core.common import distutils
 from fairchem.core.units.mlip_unit import mlip_unit
+from fairchem.core.units.mlip_unit.utils import tf32_context_manager
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.averaging import warmed_up_average
+from escaip_fairchem.train.counting import loss_counts, loss_weights, summed
+from escaip_fairchem.train.evaluation import EvalUnit, device_type, reduced_precision
+from escaip_fairchem.train.sharding import sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator
 
+    from fairchem.core.datasets.atomic_data import AtomicData
     from torchtnt.framework import State
 
-
-def ema_decay_at(step: int, decay: float) -> float:
-    """Decay of the moving average of weights after `step` earlier updates.
-
-    A constant 0.999 remembers the random initial weights for thousands of steps, so a short run
-    looks untrained. Here the memory grows with the run, up to the decay asked for.
-
-    Args:
-        step: Number of updates already in the average.
-        decay: Largest decay.
-
-    Returns:
-        min(decay, (1 + step) / (10 + step)).
-    """
-    return min(decay, (1 + step) / (10 + step))
-
-
-def warmed_up_average(decay: float) -> Callable[[Sequence, Sequence, Any], None]:
-    """Update rule for `torch.optim.swa_utils.AveragedModel` with `ema_decay_at`.
-
-    Args:
-        decay: Largest decay.
-
-    Returns:
-        A function for the argument ``multi_avg_fn``.
-    """
-
-    @torch.no_grad()
-    def update(averaged: Sequence, current: Sequence, num_averaged: Any) -> None:
-        weight = 1 - ema_decay_at(int(num_averaged), decay)
-        # Batched as torch's own rule is; integer tensors cannot be interpolated.
-        floating = [
-            (old, new)
-            for old, new in zip(averaged, current, strict=True)
-            if old.is_floating_point()
-        ]
-        torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], weight)
-
-    return update
-
-
-class EvalUnit(mlip_unit.MLIPEvalUnit):
-    """fairchem's evaluation unit that keeps the metrics of the last evaluation."""
-
-    last_metrics: dict[str, float] | None = None
-
-    def on_eval_epoch_end(self, state: State) -> dict:
-        """Aggregate the metrics over all ranks and keep them.
-
-        Args:
-            state: torchtnt's state.
-
-        Returns:
-            Values by names of the form ``val/{dataset},{task},{metric}``.
-        """
-        metrics = super().on_eval_epoch_end(state)
-        self.last_metrics = {name: float(value) for name, value in metrics.items()}
-        return metrics
+#: A loss scale below this means gradients that are not finite in any precision.
+SMALLEST_SCALE = 1e-6
 
 
 class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
-    """fairchem's training unit with a moving average of weights that warms up.
+    """fairchem's training unit with its own step.
+
+    A step is one move of the optimizer, on `accumulate` batches of every rank. Steps, epochs,
+    schedule, logs and checkpoints all count these. The last step of an epoch takes the batches that
+    are left. The gradient is that of the losses taken over all batches of the step on all ranks as
+    one: means are divided by the number of structures or atoms of them all.
+
+    With `fp16` the loss is scaled so that small gradients do not vanish. Where a gradient overflows
+    the scale is halved, and weights, their average, the optimizer and the learning rate stay as
+    they are; the step counts, its batches are spent.
 
     Args:
         args: As for fairchem's unit.
-        ema_decay: Largest decay of the average; 0 evaluates the last weights.
+        ema_decay: Largest decay of the average of weights; 0 evaluates the last weights.
+        accumulate: Batches per step and rank.
+        bf16: Train and evaluate under autocast in bfloat16. Geometry, heads, losses and weights
+            stay in float32.
+        fp16: The same in float16, with loss scaling, for GPUs without bfloat16.
+        shard_optimizer: Share the states of the optimizer out among the ranks.
         kwargs: As for fairchem's unit.
+
+    Raises:
+        UserError: A setting is out of range, or excludes another.
     """
 
-    def __init__(self, *args: Any, ema_decay: float = 0.999, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        ema_decay: float = 0.999,
+        accumulate: int = 1,
+        bf16: bool = False,
+        fp16: bool = False,
+        shard_optimizer: bool = False,
+        **kwargs: Any,
+    ) -> None:
         if ema_decay is None or not 0 <= ema_decay < 1:
             raise UserError(
                 f"ema_decay must be at least 0 and below 1, got {ema_decay}; "
                 "0 evaluates and saves the last weights"
             )
-        super().__init__(*args, ema_decay=ema_decay, **kwargs)
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise UserError(f"accumulate must be a whole number of at least 1, got {accumulate}")
+        dtype = reduced_precision(bf16=bf16, fp16=fp16)
+        if kwargs.get("train_strategy", "ddp") != "ddp":
+            raise UserError(
+                "train_strategy must be ddp: fairchem's fsdp reaches none of this model's layers; "
+                "shard_optimizer: true shares the optimizer's states out among the ranks"
+            )
+        if kwargs.get("debug_checksums_save_path"):
+            raise UserError("debug_checksums_save_path is not supported; leave it out")
+        if shard_optimizer:
+            kwargs["optimizer_fn"] = sharded(kwargs["optimizer_fn"])
+        super().__init__(*args, ema_decay=ema_decay, bf16=bf16, **kwargs)
         self.ema_model.multi_avg_fn = warmed_up_average(ema_decay)
-        self._keep_metrics()
-
-    def _keep_metrics(self) -> None:
-        plain = self.eval_unit
+        self.accumulate = accumulate
+        self.shard_optimizer = shard_optimizer
+        self.autocast_enabled, self.autocast_dtype = dtype is not None, dtype or torch.bfloat16
+        self.scaler = torch.amp.GradScaler(device_type(), enabled=fp16)
+        self._losses = summed(self.tasks)
+        evaluated = self.eval_unit.model
         self.eval_unit = EvalUnit(
-            job_config=self.job_config, model=None, tasks=plain.tasks, tf32=plain.tf32
+            self.job_config, None, self.tasks, bf16=bf16, fp16=fp16, tf32=self.tf32
         )
-        self.eval_unit.setup_train_eval_unit(plain.model)
+        self.eval_unit.setup_train_eval_unit(evaluated)
+
+    def load_scheduler(self, train_dataloader_size: int) -> None:
+        """Make the schedule of the learning rate, which counts steps of the optimizer."""
+        self._steps_per_epoch = math.ceil(train_dataloader_size / self.accumulate)
+        super().load_scheduler(self._steps_per_epoch)
+
+    def on_train_start(self, state: State) -> None:
+        """Take up a checkpoint if there is one, and go to its place in the epoch."""
+        super().on_train_start(state)
+        # fairchem takes a step for a batch
+        start = self.train_progress.num_steps_completed_in_epoch * self.accumulate
+        mlip_unit.set_sampler_state(state, self.train_progress.num_epochs_completed, start)
+
+    def get_next_train_batch(
+        self, state: State, data_iter: Iterator[AtomicData]
+    ) -> list[AtomicData]:
+        """The batches of a step; fewer at the end of an epoch."""
+        batches = list(islice(data_iter, self.accumulate))
+        if not batches:
+            raise StopIteration
+        return batches
+
+    def train_step(self, state: State, data: list[AtomicData]) -> None:
+        """Move the weights once.
+
+        Args:
+            state: torchtnt's state.
+            data: The batches of this rank.
+        """
+        try:
+            self.last_loss = self._backward(data)
+            moved = self._move()
+        except Exception:
+            structures = [sid for batch in data for sid in getattr(batch, "sid", [])]
+            logging.error(f"step {self.train_progress.num_steps_completed} failed on {structures}")
+            raise
+        self._report(data)
+        if moved:
+            self.scheduler.step()
+
+    def _backward(self, batches: list[AtomicData]) -> torch.Tensor:
+        """Leave the gradient of the step in the parameters; the loss of this rank's batches."""
+        device = distutils.get_device_for_local_rank()
+        # counted before they go to the GPU, which then never waits for the CPU
+        counts = torch.stack([loss_counts(self._losses, batch) for batch in batches]).sum(0)
+        counts = distutils.all_reduce(counts.to(device))
+        weights = loss_weights(self._losses, counts, distutils.get_world_size())
+        total = 0.0
+        for index, batch in enumerate(batches, start=1):
+            # gradients are averaged over ranks once, by the last backward pass
+            sync = nullcontext() if index == len(batches) else self._no_sync()
+            with sync, tf32_context_manager(self.tf32):
+                loss = self._loss(batch.to(device), weights)
+                self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        return total
+
+    def _loss(self, batch: AtomicData, weights: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(
+            device_type(), enabled=self.autocast_enabled, dtype=self.autocast_dtype
+        ):
+            predictions = self.model(batch)
+            losses = mlip_unit.compute_loss(self._losses, predictions, batch)
+        return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
+
+    def _no_sync(self) -> Any:
+        parallel = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if parallel else nullcontext()
+
+    def _move(self) -> bool:
+        """Clip, step and average; whether the weights moved."""
+        self.scaler.unscale_(self.optimizer)
+        if self.clip_grad_norm is not None:
+            self.last_grad_norm = torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), max_norm=self.clip_grad_norm
+            ).detach()
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        scale = self.scaler.get_scale()
+        if scale < before:
+            step = self.train_progress.num_steps_completed
+            logging.warning(f"step {step} overflowed in fp16 and was left out; scale {scale:g}")
+            if scale < SMALLEST_SCALE:
+                raise UserError(
+                    "fp16: gradients are not finite whatever the loss scale; lower lr, or set "
+                    "fp16 to false"
+                )
+            return False
+        self.ema_model.update_parameters(self.model)
+        return True
+
+    def _report(self, batches: list[AtomicData]) -> None:
+        """Log under fairchem's names, as often as fairchem does."""
+        step = self.train_progress.num_steps_completed
+        now = time.time()
+        seconds, self.previous_wall_time = now - self.previous_wall_time, now
+        if self.logger is None and step % self.print_every:
+            return  # reading the loss would stop the GPU
+        atoms = sum(int(batch.natoms.sum()) for batch in batches)
+        structures = sum(len(batch.natoms) for batch in batches)
+        self.last_loss = float(self.last_loss)
+        log = {
+            "train/loss": self.last_loss,
+            "train/lr": self.scheduler.get_last_lr()[0],
+            "train/step": step,
+            "train/epoch": self.train_progress.num_epochs_completed
+            + self.train_progress.num_steps_completed_in_epoch / self._steps_per_epoch,
+            "train/samples_per_second(approx)": structures * self.dp_world_size / seconds,
+            "train/atoms_per_second(approx)": atoms * self.dp_world_size / seconds,
+            "train/num_atoms_on_rank": atoms,
+            "train/num_samples_on_rank": structures,
+        }
+        if self.last_grad_norm is not None:
+            self.last_grad_norm = log["train/grad_norm"] = float(self.last_grad_norm)
+        if self.scaler.is_enabled():
+            log["train/loss_scale"] = self.scaler.get_scale()
+        if self.logger is not None:
+            self.logger.log(log, step=step, commit=True)
+        if step % self.print_every == 0:
+            logging.info(log)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What fairchem saves, the loss scale of fp16, and the length of an epoch."""
+        state = super().state_dict()
+        state["steps_per_epoch"] = self._steps_per_epoch
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state.
+
+        With another number of ranks or batches per step, training goes on at the same part of the
+        epoch; the schedule of the learning rate keeps the length it was made for.
+
+        Args:
+            state_dict: From `state_dict`.
+        """
+        set_model_state_dict(self.model, state_dict["model"])
+        set_model_state_dict(self.ema_model, state_dict["ema"])
+        set_optimizer_state_dict(
+            self.model,
+            self.optimizer,
+            state_dict["optim"],
+            # a rank with a part of the states lacks the others
+            options=StateDictOptions(strict=not self.shard_optimizer),
+        )
+        progress = dict(state_dict["progress"])
+        saved, now = state_dict.get("steps_per_epoch"), self._steps_per_epoch
+        if saved and saved != now:
+            done = progress["num_steps_completed_in_epoch"]
+            progress["num_steps_completed_in_epoch"] = min(done * now // saved, now - 1)
+            logging.warning(f"an epoch has {now} steps, {saved} when the checkpoint was saved")
+        self.train_progress.load_state_dict(progress)
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        if "scaler" in state_dict:
+            self.scaler.load_state_dict(state_dict["scaler"])
+
+    def _execute_load_state(self, checkpoint_location: str) -> None:
+        state = self.state_dict()
+        saved = dcp.FileSystemReader(checkpoint_location).read_metadata().state_dict_metadata
+        for key in ("scaler", "steps_per_epoch"):  # not in every checkpoint
+            if not any(name.startswith(f"unit_state.{key}") for name in saved):
+                state.pop(key, None)
+        dcp.load({"unit_state": state}, checkpoint_id=checkpoint_location)
+        self.load_state_dict(state)
+        logging.info(f"Done loading checkpoint from {checkpoint_location}")
