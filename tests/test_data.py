@@ -106,7 +106,7 @@ def stressed(n_frames, scale, pbc=True):
 
 
 def test_stress_in_kbar_is_refused_and_that_of_a_molecule_left_out(tmp_path):
-    write(tmp_path / "kbar.traj", stressed(3, 20.0))
+    write(tmp_path / "kbar.traj", stressed(20, 20.0))
     with pytest.raises(UserError, match=r"looks like kbar or GPa: multiply it by -0\.000624151"):
         convert([tmp_path / "kbar.traj"], tmp_path / "out")
     write(tmp_path / "free.traj", stressed(3, 0.01, pbc=False))

@@ -21,6 +21,7 @@ NM_MEDIAN = 0.4  # A, no bond is this short; bonds in nm are 0.07 to 0.35
 BOHR_RATIO = (1.4, 2.6)  # x covalent bond length; a bond in Bohr reads 1.89 times too long
 MAX_FORCE_RMS = 100.0  # eV/A, of the components in one structure
 MAX_MEDIAN_FORCE_RMS = 10.0  # eV/A, median over a data set
+MIN_STRESS_FRAMES = 20  # fewer may all be extreme
 MAX_MEDIAN_STRESS_RMS = 1.0  # eV/A^3, 160 GPa, median over a data set
 NOBLE_GASES = (2, 10, 18, 36, 54, 86)
 
@@ -129,8 +130,11 @@ def check_stress_scale(frame_rms: list[float]) -> None:
         frame_rms: Stress rms of every structure that has stress, eV/A^3.
 
     Raises:
-        UserError: If the median is above ``MAX_MEDIAN_STRESS_RMS``.
+        UserError: If the median of at least ``MIN_STRESS_FRAMES`` structures is above
+            ``MAX_MEDIAN_STRESS_RMS``.
     """
+    if len(frame_rms) < MIN_STRESS_FRAMES:
+        return
     median = float(np.median(frame_rms))
     if median > MAX_MEDIAN_STRESS_RMS:
         raise UserError(
