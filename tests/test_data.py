@@ -81,6 +81,57 @@ def test_stress_and_charge_reach_the_batch(test_data, tmp_path):
     assert batch.charge.tolist() == [-2] * len(dataset)
 
 
+def test_scales_of_stress_and_of_energies_above_references(test_data, tmp_path, data_root):
+    source = test_data / "mptrj_sample.extxyz.gz"
+    frames = [atoms for atoms, _ in zip(iread(source), range(150), strict=False)]
+    write(tmp_path / "some.extxyz", frames)
+    _, group = convert([tmp_path / "some.extxyz"], tmp_path / "out")
+    train = stored(tmp_path / "out/train")
+    normalizer = yaml.safe_load(group.read_text())["normalizer"]
+    stress = np.array([atoms.get_stress(voigt=False) for atoms in train])
+    assert normalizer["stress_rmsd"] == pytest.approx(np.sqrt((stress**2).mean()), rel=1e-6)
+    counts = np.array([np.bincount(atoms.numbers, minlength=120) for atoms in train], dtype=float)
+    energy = np.array([atoms.get_potential_energy() for atoms in train])
+    residual = energy - counts @ np.linalg.lstsq(counts, energy)[0]
+    assert normalizer["energy_residual"] == pytest.approx(np.sqrt((residual**2).mean()), rel=1e-5)
+
+
+def stressed(n_frames, scale, pbc=True):
+    frames = labelled_atoms(n_frames)
+    for atoms in frames:
+        labels = {**atoms.calc.results, "stress": scale * np.arange(1.0, 7.0)}
+        atoms.pbc = pbc
+        atoms.calc = SinglePointCalculator(atoms, **labels)
+    return frames
+
+
+def test_stress_in_kbar_is_refused_and_that_of_a_molecule_left_out(tmp_path):
+    write(tmp_path / "kbar.traj", stressed(20, 20.0))
+    with pytest.raises(UserError, match=r"looks like kbar or GPa: multiply it by -0\.000624151"):
+        convert([tmp_path / "kbar.traj"], tmp_path / "out")
+    write(tmp_path / "free.traj", stressed(3, 0.01, pbc=False))
+    assert convert([tmp_path / "free.traj"], tmp_path / "out")[0].n_stress == 0
+    write(tmp_path / "nan.traj", stressed(3, np.nan))
+    with pytest.raises(UserError, match="frame 0: the stress is NaN or infinite"):
+        convert([tmp_path / "nan.traj"], tmp_path / "nan")
+
+
+def test_a_structure_without_stress_is_left_out_and_none_at_all_is_an_error(tmp_path):
+    frames = stressed(4, 0.01)
+    del frames[1].calc.results["stress"]
+    write(tmp_path / "three.traj", frames)
+    convert([tmp_path / "three.traj"], tmp_path / "three", split=SplitOptions(val_fraction=0.25))
+    folders = [str(tmp_path / "three" / split) for split in ("train", "val")]
+    dataset = create_dataset("cu", "all", folders, stress=True)
+    finite = [bool(dataset[index].stress.isfinite().all()) for index in range(4)]
+    assert sorted(finite) == [False, True, True, True]
+
+    write(tmp_path / "none.traj", labelled_atoms(4))
+    convert([tmp_path / "none.traj"], tmp_path / "none")
+    with pytest.raises(UserError, match=r"no stress in 3 structures; .*training=direct"):
+        create_dataset("cu", "train", str(tmp_path / "none/train"), stress=True)
+
+
 @pytest.mark.parametrize("name", ["frames.traj", "frames.db", "frames.extxyz.gz", "frames.aselmdb"])
 def test_every_format_gives_the_same_labels(name, tmp_path):
     frames = labelled_atoms(4)

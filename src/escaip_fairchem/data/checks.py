@@ -21,6 +21,8 @@ NM_MEDIAN = 0.4  # A, no bond is this short; bonds in nm are 0.07 to 0.35
 BOHR_RATIO = (1.4, 2.6)  # x covalent bond length; a bond in Bohr reads 1.89 times too long
 MAX_FORCE_RMS = 100.0  # eV/A, of the components in one structure
 MAX_MEDIAN_FORCE_RMS = 10.0  # eV/A, median over a data set
+MIN_STRESS_FRAMES = 20  # fewer may all be extreme
+MAX_MEDIAN_STRESS_RMS = 1.0  # eV/A^3, 160 GPa, median over a data set
 NOBLE_GASES = (2, 10, 18, 36, 54, 86)
 
 SKIP_HINT = "if the units are right, skip this check (escaip convert --skip-unit-checks)"
@@ -67,6 +69,7 @@ def check_labels(
     *,
     energy: float | None = None,
     forces: np.ndarray | None = None,
+    stress: np.ndarray | None = None,
     check_units: bool = True,
 ) -> None:
     """Raise if labels are not finite, not of the structure's size, or in another unit.
@@ -75,6 +78,7 @@ def check_labels(
         n_atoms: Number of atoms, N.
         energy: Energy in eV.
         forces: Forces in eV/A, (N, 3).
+        stress: Stress in eV/A^3, (6,).
         check_units: Also judge the unit of the forces by their size.
 
     Raises:
@@ -82,6 +86,8 @@ def check_labels(
     """
     if energy is not None and not np.isfinite(energy):
         raise UserError(f"the energy is {energy}; remove the structure")
+    if stress is not None and not np.isfinite(stress).all():
+        raise UserError("the stress is NaN or infinite; remove it, or the structure")
     if forces is None:
         return
     forces = np.asarray(forces)
@@ -90,7 +96,7 @@ def check_labels(
     if not np.isfinite(forces).all():
         atom = int(np.flatnonzero(~np.isfinite(forces).all(axis=1))[0])
         raise UserError(f"the force on atom {atom} is NaN or infinite; remove the structure")
-    rms = force_rms(forces)
+    rms = component_rms(forces)
     if check_units and rms > MAX_FORCE_RMS:
         raise UserError(
             f"the force rms is {rms:.4g} eV/A (> {MAX_FORCE_RMS:g}): convert the forces to "
@@ -117,9 +123,31 @@ def check_force_scale(frame_rms: list[float]) -> None:
         )
 
 
-def force_rms(forces: np.ndarray) -> float:
-    """Root mean square over the components of forces (N, 3), in their unit."""
-    return float(np.sqrt(np.mean(np.square(forces))))
+def check_stress_scale(frame_rms: list[float]) -> None:
+    """Raise if the typical stress of a whole set suggests another unit than eV/A^3.
+
+    Args:
+        frame_rms: Stress rms of every structure that has stress, eV/A^3.
+
+    Raises:
+        UserError: If the median of at least ``MIN_STRESS_FRAMES`` structures is above
+            ``MAX_MEDIAN_STRESS_RMS``.
+    """
+    if len(frame_rms) < MIN_STRESS_FRAMES:
+        return
+    median = float(np.median(frame_rms))
+    if median > MAX_MEDIAN_STRESS_RMS:
+        raise UserError(
+            f"the median stress rms of the set is {median:.4g} eV/A^3 "
+            f"(> {MAX_MEDIAN_STRESS_RMS:g}), which looks like kbar or GPa: multiply it by "
+            "-0.000624151 (kbar as VASP writes it) or by 0.00624151 (GPa), so that tension is "
+            f"positive; {SKIP_HINT}"
+        )
+
+
+def component_rms(values: np.ndarray) -> float:
+    """Root mean square over the components of forces or a stress, in their unit."""
+    return float(np.sqrt(np.mean(np.square(values))))
 
 
 def nearest_neighbors(

@@ -16,7 +16,7 @@ from escaip_fairchem.data.frames import (
     labelled,
     read_frames,
 )
-from escaip_fairchem.data.references import ForceScale, ReferenceFit, References
+from escaip_fairchem.data.references import ReferenceFit, References, RunningRms
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def write_dataset(
     """
     from ase.data import chemical_symbols
 
-    fit, scale, n_stress = ReferenceFit(), ForceScale(), 0
+    fit, force_scale, stress_scale, n_stress = ReferenceFit(), RunningRms(), RunningRms(), 0
     val_elements: set[str] = set()
     with store.new_folder(out, overwrite) as partial:
         train = store.SplitWriter(partial / "train")
@@ -154,7 +154,9 @@ def write_dataset(
                 continue
             train.add(atoms)
             fit.add(atoms.numbers, results["energy"])
-            scale.add(results["forces"][free_atoms(atoms)])
+            force_scale.add(results["forces"][free_atoms(atoms)])
+            if "stress" in results:
+                stress_scale.add(atoms.get_stress(voigt=False))
         train.close()
         val.close()
         references = fit.solve()
@@ -164,12 +166,13 @@ def write_dataset(
             train=paths[0],
             val=paths[1],
             references=references,
-            force_rms=scale.rms,
+            force_rms=force_scale.rms,
+            stress_rms=stress_scale.rms if n_stress else None,
             comment=comment,
         )
     known = {chemical_symbols[z] for z in references.elements}
     unseen = sorted(val_elements - known)
-    return Summary(out, len(train), len(val), n_stress, references, scale.rms, unseen)
+    return Summary(out, len(train), len(val), n_stress, references, force_scale.rms, unseen)
 
 
 def convert(
@@ -241,6 +244,7 @@ def _check_all(
     """Check every frame; returns the group of each, empty where the split needs none."""
     groups: list[str] = []
     rms: list[float] = []
+    stress_rms: list[float] = []
     for frame in frames:
         source = frame.atoms
         try:
@@ -257,12 +261,17 @@ def _check_all(
                 len(source),
                 energy=results["energy"],
                 forces=results["forces"],
+                stress=results.get("stress"),
                 check_units=check_units,
             )
         except UserError as error:
             raise UserError(f"{frame.place}: {error}") from error
-        rms.append(checks.force_rms(results["forces"]))
+        rms.append(checks.component_rms(results["forces"]))
+        if "stress" in results:
+            stress_rms.append(checks.component_rms(results["stress"]))
         groups.append(group_of(frame, split_key) if split_key else "")
     if check_units and rms:
         checks.check_force_scale(rms)
+    if check_units and stress_rms:
+        checks.check_stress_scale(stress_rms)
     return groups

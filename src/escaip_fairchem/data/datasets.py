@@ -6,17 +6,22 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from fairchem.core.datasets.ase_datasets import AseDBDataset
 from fairchem.core.datasets.mt_concat_dataset import ConcatDataset, create_concat_dataset
 from omegaconf import OmegaConf
 
+from escaip_fairchem.data.sample import DOMAINS
 from escaip_fairchem.data.store import data_root
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ase import Atoms
+
 DATABASE_SUFFIXES = (".aselmdb", ".db")
+STRESS_PROBES = 100  # structures looked at to tell whether a data set has stress
 # Of fairchem's ``create_dataset``, those that make sense for one split of one data set.
 OPTIONS = ("first_n", "max_atoms", "metadata_path", "no_shuffle", "sample_n", "seed", "subset_to")
 
@@ -26,7 +31,17 @@ class SpawnSafeAseDBDataset(AseDBDataset):
 
     Ranks of a local multi-GPU job are spawned, so their workers are too, and an open LMDB
     cannot be pickled: the worker opens the files again.
+
+    Where stress is loaded, a structure without one gets infinities, which fairchem's losses and
+    metrics leave out.
     """
+
+    def get_atoms(self, idx: int) -> Atoms:
+        """Read structure ``idx`` with its labels."""
+        atoms = super().get_atoms(idx)
+        if self.config["a2g_args"]["r_stress"]:
+            atoms.calc.results.setdefault("stress", np.full(6, np.inf))
+        return atoms
 
     def __getstate__(self) -> dict[str, Any]:
         """Replace the open databases by their file names."""
@@ -52,7 +67,7 @@ def create_dataset(
         split: Name of the split, such as ``train``.
         src: Folder or file in ASE-LMDB format, or several. A relative path is looked for in the
             data root (``$ESCAIP_DATA``), then in the working directory.
-        stress: Whether to load stress.
+        stress: Whether to load stress; infinite where a structure has none.
         **options: ``first_n``, ``max_atoms``, ``metadata_path``, ``no_shuffle``, ``sample_n``,
             ``seed`` or ``subset_to`` of fairchem's ``create_dataset``.
 
@@ -60,7 +75,7 @@ def create_dataset(
         A data set of one part, ``{name}.{split}``.
 
     Raises:
-        UserError: If a path holds no data, or an option is unknown.
+        UserError: If a path holds no data, an option is unknown, or nothing has stress.
     """
     paths = [
         str(_find_data(name, split, Path(path)))
@@ -84,7 +99,20 @@ def create_dataset(
         **options,
     }
     sampling = {"type": "explicit", "ratios": {f"{name}.{split}": 1.0}}
-    return create_concat_dataset(OmegaConf.create({name: config}), {"sampling": sampling})
+    dataset = create_concat_dataset(OmegaConf.create({name: config}), {"sampling": sampling})
+    if stress:
+        _require_stress(dataset, f"data set {name}, split {split}")
+    return dataset
+
+
+def _require_stress(dataset: ConcatDataset, what: str) -> None:
+    """Raise if none of some structures, evenly spaced, has a stress."""
+    chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), STRESS_PROBES)).astype(int)
+    if not any(dataset[int(index)].stress.isfinite().all() for index in chosen):
+        raise UserError(
+            f"{what}: no stress in {len(chosen)} structures; train without it (training=direct), "
+            "or convert frames that have it (escaip convert --stress-key KEY)"
+        )
 
 
 def _find_data(name: str, split: str, path: Path) -> Path:
@@ -97,9 +125,12 @@ def _find_data(name: str, split: str, path: Path) -> Path:
             return candidate
     looked_for = candidates[0].resolve()
     state = "holds no .aselmdb file" if looked_for.is_dir() else "does not exist"
-    command = "escaip convert IN OUT"
-    if path.parts[-3:-1] == ("oc20", "sample"):
-        command = "escaip sample-data oc20"
+    folder = path.parent if path.name in ("train", "val") else None
+    command = f"escaip convert IN {candidates[0].parent if folder else 'OUT'}"
+    if folder and folder.name == "sample" and folder.parent.name in DOMAINS:
+        command = f"escaip sample-data {folder.parent.name}"
+    elif folder and folder.name != name:
+        command += f" --label {name}"
     raise UserError(
         f"data set {name}, split {split}: {looked_for} {state}; make it with `{command}` "
         "(ESCAIP_DATA is the data root, ./data by default)"

@@ -131,7 +131,7 @@ def labelled(frame: Frame, keys: LabelKeys) -> Atoms:
 
     Kept: species, positions, cell, pbc, tags, fixed atoms (``FixAtoms``), the plain values of
     ``info`` (``sid`` as text, because fairchem drops other types), energy, raw forces (those on
-    fixed atoms too) and stress.
+    fixed atoms too) and, of periodic structures, stress.
 
     Returns:
         New ``ase.Atoms`` with a ``SinglePointCalculator``.
@@ -159,7 +159,8 @@ def labelled(frame: Frame, keys: LabelKeys) -> Atoms:
         "energy": _label(frame, "energy", keys.energy, source.info, results),
         "forces": _label(frame, "forces", keys.forces, source.arrays, results),
     }
-    if keys.stress or results.get("stress") is not None:
+    # A molecule has no volume, so the zeros that some programs write for it are no stress.
+    if source.pbc.any() and (keys.stress or results.get("stress") is not None):
         labels["stress"] = _label(frame, "stress", keys.stress, source.info, results)
     atoms.calc = SinglePointCalculator(atoms, **_as_numbers(frame, labels))
     return atoms

@@ -8,6 +8,7 @@ import numpy as np
 
 NUM_REFERENCES = 120  # length of the table; the index is the atomic number
 BLOCK = 4096  # rows held before they are folded into the triangular factor
+MIN_SCALE = 1e-3  # eV; energies that references explain better than this have no scale
 RANK_TOLERANCE = 1e-10  # relative to the largest singular value; counts are small integers
 
 
@@ -26,6 +27,11 @@ class References:
     elements: np.ndarray
     rank: int
     rms: float
+
+    @property
+    def scale(self) -> float:
+        """``rms``, to divide energies by; 1 eV where the references explain all of them."""
+        return self.rms if self.rms > MIN_SCALE else 1.0
 
     @property
     def determined(self) -> bool:
@@ -91,18 +97,18 @@ class ReferenceFit:
 
 
 @dataclass
-class ForceScale:
-    """Running root mean square of force components."""
+class RunningRms:
+    """Running root mean square of the components of forces, or of stresses."""
 
     _sum: float = 0.0
     _count: int = 0
 
-    def add(self, forces: np.ndarray) -> None:
-        """Add forces (n, 3), eV/A."""
-        self._sum += float(np.sum(np.square(forces)))
-        self._count += forces.size
+    def add(self, values: np.ndarray) -> None:
+        """Add an array of any shape."""
+        self._sum += float(np.sum(np.square(values)))
+        self._count += values.size
 
     @property
     def rms(self) -> float:
-        """The rms in eV/A; 1 where every force is zero, because labels are divided by it."""
+        """The rms in the values' unit; 1 where all are zero, because labels are divided by it."""
         return (self._sum / self._count) ** 0.5 if self._sum > 0 else 1.0

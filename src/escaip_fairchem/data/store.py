@@ -141,6 +141,7 @@ def write_dataset_group(
     val: str,
     references: References,
     force_rms: float,
+    stress_rms: float | None,
     comment: str,
 ) -> None:
     """Write the Hydra group file that a recipe selects with ``dataset=NAME``.
@@ -152,6 +153,7 @@ def write_dataset_group(
         val: Folder of the validation frames.
         references: Element references, eV.
         force_rms: Force scale, eV/A.
+        stress_rms: Stress scale, eV/A^3, if the data has stress.
         comment: One line that says where the numbers come from.
     """
     from ase.data import chemical_symbols
@@ -174,7 +176,10 @@ def write_dataset_group(
         *energies,
         "normalizer:",
         f"  rmsd: {force_rms:.10f}  # eV/A, force components of free training atoms",
+        f"  energy_residual: {references.scale:.10f}  # eV, rms above the element references",
     ]
+    if stress_rms is not None:
+        lines.append(f"  stress_rmsd: {stress_rms:.10f}  # eV/A^3, the nine components")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
