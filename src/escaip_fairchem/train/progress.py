@@ -41,6 +41,7 @@ class ProgressCallback(SpeedCallback):
         super().__init__()
         self.enabled = enabled
         self.line_seconds = line_seconds
+        self._shown: int | None = None
         self._open = ExitStack()
         self._train: _Bar | _Lines | None = None
         self._eval: _Bar | _Lines | None = None
@@ -88,7 +89,8 @@ class ProgressCallback(SpeedCallback):
     def on_train_end(self, state: State, unit: TrainEvalUnit) -> None:
         """Show the last step and leave the terminal as it was."""
         super().on_train_end(state, unit)
-        self._show(unit, last=True)
+        if self._shown != unit.train_progress.num_steps_completed:
+            self._show(unit, last=True)
         self._open.close()
 
     def on_exception(self, state: State, unit: TrainEvalUnit, exc: BaseException) -> None:
@@ -101,7 +103,8 @@ class ProgressCallback(SpeedCallback):
         steps, atoms = self.recent()
         loss = "" if unit.last_loss is None else f", loss {float(unit.last_loss):.4g}"
         note = f"{steps:.3g} steps/s, {_readable(atoms)} atoms/s{loss}"
-        self._train.show(unit.train_progress.num_steps_completed, note)
+        self._shown = unit.train_progress.num_steps_completed
+        self._train.show(self._shown, note)
 
     def _display(self, what: str, total: int | None, done: int) -> _Bar | _Lines:
         if sys.stderr.isatty():
