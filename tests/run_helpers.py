@@ -1,7 +1,11 @@
-"""Folders of runs without a training: random weights, labels that ASE computed."""
+"""Runs for several tests: by the `fairchem` command, and made up without a training."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +17,27 @@ from escaip_fairchem.data.convert import SplitOptions, convert
 from helpers import SMALL
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ase import Atoms
 
+#: Steps of the quick start in the tests, and what makes them few and small.
+STEPS = 12
+SHRUNK = [f"steps={STEPS}", "epochs=null", "max_atoms=120", "evaluate_every_n_steps=5"]
 REFERENCES = [0.01 * z for z in range(120)]
 RMSD = 1.7
 MEAN = -0.3
 _UNIT = "fairchem.core.units.mlip_unit.mlip_unit."
 _NORMALIZATION = "fairchem.core.modules.normalization."
+
+
+def fairchem(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the `fairchem` command in a folder with its data in ``data``; it must succeed."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("fairchem"), *arguments],
+        cwd=folder, capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "ESCAIP_DATA": "data", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def task_config(prop: str, dataset: str) -> dict[str, Any]:

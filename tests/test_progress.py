@@ -104,7 +104,15 @@ def test_evaluation_does_not_count_as_training(clock: Clock) -> None:
     "steps, epochs, expected", [(10, None, 10), (None, 3, 12), (10, 2, 8), (None, None, None)]
 )
 def test_total(steps: int | None, epochs: int | None, expected: int | None) -> None:
-    assert total_steps(state(max_steps=steps, max_epochs=epochs)) == expected
+    run = state(max_steps=steps, max_epochs=epochs)
+    assert total_steps(run, Unit()) == expected
+
+
+def test_total_with_accumulation() -> None:
+    """Four batches in an epoch, three a step: two steps."""
+    unit = Unit()
+    unit.accumulate = 3
+    assert total_steps(state(max_epochs=5), unit) == 10
 
 
 def test_lines_of_a_log_file(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

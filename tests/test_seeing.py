@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +27,10 @@ from escaip_fairchem.train.parity import Parity
 from escaip_fairchem.train.plot import draw_by_element, draw_parity, plot_run
 from escaip_fairchem.train.summary import rises, unit_of
 from helpers import SMALL
-from run_helpers import MEAN, REFERENCES, make_run, save_checkpoint
+from run_helpers import MEAN, REFERENCES, STEPS, make_run, save_checkpoint
 
 if TYPE_CHECKING:
     from ase import Atoms
-
-RECIPE = Path(__file__).parents[1] / "configs" / "oc20" / "escaip_2m.yml"
-STEPS = 12
 
 
 @pytest.fixture(autouse=True)
@@ -45,25 +38,11 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESCAIP_DATA", str(tmp_path / "data"))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run with all loggers by the `fairchem` command, and its output."""
-    from escaip_fairchem.data.sample import make_oc20_sample
-
-    folder = tmp_path_factory.mktemp("workplace")
-    make_oc20_sample(folder / "data" / "oc20" / "sample", n_frames=24)
-    shutil.copy(RECIPE, folder / "recipe.yml")
-    done = subprocess.run(
-        [
-            Path(sys.executable).with_name("fairchem"), "-c", "recipe.yml", "cluster=cpu",
-            "backbone=tiny", "dataset=sample", f"steps={STEPS}", "epochs=null", "max_atoms=120",
-            "evaluate_every_n_steps=5", "logger=wandb", "tensorboard=true", "job.timestamp_id=one",
-        ],
-        cwd=folder, capture_output=True, text=True, timeout=400, check=False,
-        env={**os.environ, "ESCAIP_DATA": "data", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "runs" / "one", done.stdout
+@pytest.fixture
+def trained(quick_start: tuple[Path, str]) -> tuple[Path, str]:
+    """The folder and the output of a run with all loggers, by the `fairchem` command."""
+    folder, output = quick_start
+    return folder / "runs" / "first", output
 
 
 def curve(run: Path) -> dict[str, list[tuple[int, float]]]:

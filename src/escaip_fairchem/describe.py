@@ -215,7 +215,8 @@ def text(found: dict[str, Any]) -> str:
             f"data set {', '.join(task['datasets'])}"
         )
         if task["property"] == "energy":
-            elements = [chemical_symbols[number] for number in task["references"]]
+            known = [number for number in task["references"] if number < len(chemical_symbols)]
+            elements = [chemical_symbols[number] for number in known]
             lines["energies"] = (
                 f"total, element references of {len(elements)} elements: {' '.join(elements)}"
                 if elements

@@ -12,7 +12,7 @@ from fairchem.core.common import distutils
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from escaip_fairchem.train.speed import SpeedCallback
+from escaip_fairchem.train.speed import SpeedCallback, steps_per_epoch
 
 if TYPE_CHECKING:
     from torchtnt.framework import State
@@ -54,7 +54,7 @@ class ProgressCallback(SpeedCallback):
         done = unit.train_progress.num_steps_completed
         if sys.stderr.isatty():
             self._open.enter_context(logging_redirect_tqdm())
-        self._train = self._display("training", total_steps(state), done)
+        self._train = self._display("training", total_steps(state, unit), done)
         self._open.callback(self._close)
 
     def on_train_step_end(self, state: State, unit: TrainEvalUnit) -> None:
@@ -168,16 +168,17 @@ class _Lines:
         """Nothing to close: lines stay."""
 
 
-def total_steps(state: State) -> int | None:
+def total_steps(state: State, unit: TrainEvalUnit) -> int | None:
     """Number of steps after which a training ends, or None if nothing limits it.
 
     Args:
         state: torchtnt's state.
+        unit: The training unit.
     """
     train = state.train_state
     limits = [train.max_steps]
     if train.max_epochs is not None:
-        limits.append(train.max_epochs * len(train.dataloader))
+        limits.append(train.max_epochs * steps_per_epoch(state, unit))
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -94,3 +95,8 @@ class SpeedCallback(Callback):
     def _count(self, module: Any, inputs: tuple[Any, ...]) -> None:
         if module.training:
             self._step_atoms += inputs[0].pos.shape[0]
+
+
+def steps_per_epoch(state: State, unit: TrainEvalUnit) -> int:
+    """Steps of the optimizer in a pass over the data, each of several batches if it accumulates."""
+    return math.ceil(len(state.train_state.dataloader) / getattr(unit, "accumulate", 1))

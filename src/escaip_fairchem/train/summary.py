@@ -16,7 +16,7 @@ from fairchem.core.common import distutils
 import escaip_fairchem
 from escaip_fairchem.train.baselines import baseline_metrics, evenly_spaced
 from escaip_fairchem.train.callbacks import FILE_NAME, column_names, read_metrics
-from escaip_fairchem.train.speed import SpeedCallback
+from escaip_fairchem.train.speed import SpeedCallback, steps_per_epoch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,7 @@ class SummaryCallback(SpeedCallback):
             "run": str(self._checkpoints.parent),
             "checkpoint": self._checkpoint(),
             "steps": steps,
-            "epochs": round(steps / len(state.train_state.dataloader), 3),
+            "epochs": round(steps / steps_per_epoch(state, unit), 3),
             "wall_time_s": rows[-1]["wall_time_s"] if rows else None,
             "steps_per_s": round(self.steps * rate, 4),
             "atoms_per_s": round(atoms * rate, 1),
