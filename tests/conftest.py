@@ -23,3 +23,26 @@ def test_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data at {path}; set ESCAIP_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def quick_start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder where README's quick start was typed, made small and with all loggers; its output.
+
+    The run is in ``runs/first``; tests must leave it as it is.
+    """
+    from docs_helpers import carry_out, fill, quick_start_calls
+    from run_helpers import SHRUNK, fairchem
+
+    folder = tmp_path_factory.mktemp("quick_start")
+    fill(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("ESCAIP_DATA", "data")
+        sample, training, *rest = quick_start_calls(folder / "bash")
+        carry_out(sample, monkeypatch)
+        loggers = ["logger=wandb", "tensorboard=true"]
+        output = fairchem(folder, *training.arguments, *SHRUNK, *loggers).stdout
+        for call in rest:
+            carry_out(call, monkeypatch)
+    return folder, output

@@ -436,3 +436,16 @@ def test_wandb_is_a_choice() -> None:
     logger = compose(PAPER, "logger=wandb").job.logger
     assert logger._target_.endswith("WandBSingletonLogger.init_wandb")
     assert compose(PAPER).job.logger is None
+
+
+@pytest.mark.parametrize("overrides, expected", [
+    ((), (False, True)), (("logger=tensorboard",), (True, True)),
+    (("logger=wandb", "tensorboard=true", "progress=false"), (True, False)),
+])  # fmt: skip
+def test_tensorboard_and_progress_are_choices(
+    overrides: tuple[str, ...], expected: tuple[bool, bool]
+) -> None:
+    config = compose(PAPER, *overrides)
+    metrics, _, progress, _ = config.runner.callbacks
+    assert (metrics.tensorboard, progress.enabled) == expected
+    assert (config.job.logger is not None) == ("logger=wandb" in overrides)

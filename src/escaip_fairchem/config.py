@@ -109,7 +109,8 @@ ONLY_VALUE = {
     "distance_function": "gaussian",
 }
 
-_CHOICES = {
+#: The values that a key with a list of them may have.
+CHOICES = {
     "preset": ("paper", "v2"),
     "graph": ("knn", "soft_knn"),
     "angular": ("none", "cosine", "legendre"),
@@ -253,7 +254,7 @@ class EScAIPConfig:
     def _validate_values(self) -> None:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
-        for key, allowed in _CHOICES.items():
+        for key, allowed in CHOICES.items():
             value = getattr(self, key)
             _require(value in allowed, f"{key}: {value!r} is not one of {', '.join(allowed)}")
         positive = [

@@ -1,4 +1,4 @@
-"""Plot the learning curves of a training run."""
+"""Plot a training run: learning curve, parity, errors by element."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw the figures and name their files."""
+    """Draw the figures, write the table, and name the files."""
     from escaip_fairchem.train.plot import plot_run
 
     for path in plot_run(args.run_dir):

@@ -1,4 +1,4 @@
-"""The learning curve of a run, written to metrics.csv whatever logger is used."""
+"""The learning curve of a run: metrics.csv whatever logger is used, TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from fairchem.core.common import distutils
 from torchtnt.framework.callback import Callback
 
+from escaip_fairchem.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -19,11 +21,10 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.csv"
 _COLUMNS = ["step", "epoch", "lr", "wall_time_s", "train_loss"]
-_UNITS = {"energy": "eV", "forces": "eV/A", "stress": "eV/A^3"}
 
 
 class MetricsCallback(Callback):
-    """Writes metrics.csv into the folder of the run and prints a table at the end.
+    """Writes metrics.csv into the folder of the run, and the same numbers for TensorBoard.
 
     A row is written every `every_n_steps` steps (mean training loss on the first rank since the
     row before) and after every evaluation. A run that is resumed continues its file; rows later
@@ -31,11 +32,17 @@ class MetricsCallback(Callback):
 
     Args:
         every_n_steps: Steps between rows with the training loss.
+        tensorboard: Whether to write event files too, into logs/tensorboard of the run.
+
+    Raises:
+        UserError: If TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    def __init__(self, every_n_steps: int = 10, tensorboard: bool = False) -> None:
         self.every_n_steps = every_n_steps
         self.path: Path | None = None
+        self._board_type = _tensorboard() if tensorboard else None
+        self._board: Any = None
         self._columns: list[str] = []
         self._losses: list[Any] = []
         self._start = 0.0
@@ -53,10 +60,15 @@ class MetricsCallback(Callback):
         done = unit.train_progress.num_steps_completed
         rows = [row for row in read_metrics(self.path) if row["step"] <= done]
         self._start = time.monotonic() - (rows[-1]["wall_time_s"] if rows else 0.0)
-        self._columns = [*_COLUMNS, *_metric_columns(state, unit)]
-        if distutils.is_master():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(rows, mode="w")
+        self._columns = list(dict.fromkeys([*_COLUMNS, *(name for row in rows for name in row)]))
+        if not distutils.is_master():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write(rows, mode="w")
+        if self._board_type is not None:
+            # events of later steps, of the run that is being resumed, are hidden
+            folder = self.path.parent / "logs" / "tensorboard"
+            self._board = self._board_type(str(folder), purge_step=done + 1 if done else None)
 
     def on_train_step_end(self, state: State, unit: TrainEvalUnit) -> None:
         """Collect the loss; write the mean of the last steps."""
@@ -70,11 +82,9 @@ class MetricsCallback(Callback):
         self._add_row(unit, column_names(unit.eval_unit.last_metrics))
 
     def on_train_end(self, state: State, unit: TrainEvalUnit) -> None:
-        """Print the last evaluation."""
-        metrics = unit.eval_unit.last_metrics
-        if metrics and distutils.is_master():
-            print(summary_table(column_names(metrics), unit.train_progress.num_steps_completed))
-            print(f"learning curve: {self.path}", flush=True)
+        """Write out what TensorBoard still holds."""
+        if self._board is not None:
+            self._board.close()
 
     def _add_row(self, unit: TrainEvalUnit, metrics: dict[str, float]) -> None:
         losses = [float(loss) for loss in self._losses]
@@ -84,30 +94,46 @@ class MetricsCallback(Callback):
             "epoch": unit.train_progress.num_epochs_completed,
             "lr": unit.scheduler.get_last_lr()[0],
             "wall_time_s": round(time.monotonic() - self._start, 2),
-            "train_loss": sum(losses) / len(losses) if losses else "",
+            **({"train_loss": sum(losses) / len(losses)} if losses else {}),
             **metrics,
         }
-        if distutils.is_master():
+        if not distutils.is_master():
+            return
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._columns += new
+            self._write([*read_metrics(self.path), row], mode="w")
+        else:
             self._write([row], mode="a")
+        if self._board is not None:
+            for name in row.keys() - {"step", "wall_time_s"}:
+                self._board.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
 
     def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
         with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self._columns, extrasaction="ignore")
+            writer = csv.DictWriter(file, self._columns)
             if mode == "w":
                 writer.writeheader()
             writer.writerows(rows)
 
 
-def _metric_columns(state: State, unit: TrainEvalUnit) -> list[str]:
-    names = unit.eval_unit.metric_names(state.eval_state.dataloader.dataset.dataset_names)
-    return list(column_names(dict.fromkeys(["val/loss", *names], 0.0)))
+def _tensorboard() -> Any:
+    """The class that writes TensorBoard's event files."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "logger=tensorboard needs TensorBoard: pip install 'escaip-fairchem[tensorboard]'"
+        ) from error
+    return SummaryWriter
 
 
 def column_names(metrics: dict[str, float]) -> dict[str, float]:
     """Short names for fairchem's metrics: val_energy_mae for ``val/oc20.val,energy,mae``.
 
     Args:
-        metrics: Values by fairchem's names.
+        metrics: Values by fairchem's names; those without a data set (speed, epoch) are left out,
+            but for the loss.
 
     Returns:
         Values by column name. With several data sets of one split, their full names are kept.
@@ -116,29 +142,11 @@ def column_names(metrics: dict[str, float]) -> dict[str, float]:
     datasets = {dataset for dataset, *_ in parts.values()}
     splits = {dataset: dataset.rpartition(".")[2] for dataset in datasets}
     unique = len(set(splits.values())) == len(datasets)
-    named = {
+    loss = {"val_loss": metrics["val/loss"]} if "val/loss" in metrics else {}
+    return loss | {
         "_".join([splits[dataset] if unique else dataset, *rest]): metrics[name]
         for name, (dataset, *rest) in parts.items()
     }
-    return {"val_loss": metrics["val/loss"], **named}
-
-
-def summary_table(metrics: dict[str, float], steps: int) -> str:
-    """Text table of an evaluation.
-
-    Args:
-        metrics: Values by column name.
-        steps: Steps trained.
-
-    Returns:
-        The table, one metric a line, with units where they are known.
-    """
-    lines = [f"validation after {steps} steps"]
-    for name, value in metrics.items():
-        unit = next((unit for key, unit in _UNITS.items() if f"_{key}_" in name), "")
-        unit = "" if "cosine" in name else f"{unit}/atom" if "per_atom" in name else unit
-        lines.append(f"  {name:<32} {value:12.5f} {unit}".rstrip())
-    return "\n".join(lines)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.baselines import energy_baseline, evenly_spaced
 from escaip_fairchem.train.runner import instantiate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 BATCH_ATOMS = 2000
@@ -18,28 +20,37 @@ BATCH_ATOMS = 2000
 
 @dataclass(frozen=True)
 class Parity:
-    """Labels and predictions of S structures with N atoms together.
+    """Labels and predictions of S structures with N atoms together, F of them free.
 
     Attributes:
         n_atoms: Atoms per structure, (S,).
         energy: Energy labels, eV, (S,).
         energy_model: Predicted energies, eV, (S,).
         energy_baseline: Sum of element references plus the mean, eV, (S,).
-        forces: Force labels of free atoms, eV/A, (N, 3).
-        forces_model: Predicted forces of free atoms, eV/A, (N, 3).
+        numbers: Atomic numbers of all atoms, (N,).
+        free: Whether an atom is free, (N,).
+        forces: Force labels of free atoms, eV/A, (F, 3).
+        forces_model: Predicted forces of free atoms, eV/A, (F, 3).
+        stress: Stress labels of the structures that have one, eV/A^3, (T, 9); T is 0 for a model
+            without stress.
+        stress_model: Predicted stress of the same, eV/A^3, (T, 9).
     """
 
     n_atoms: np.ndarray
     energy: np.ndarray
     energy_model: np.ndarray
     energy_baseline: np.ndarray
+    numbers: np.ndarray
+    free: np.ndarray
     forces: np.ndarray
     forces_model: np.ndarray
+    stress: np.ndarray
+    stress_model: np.ndarray
 
     def errors(self) -> dict[str, tuple[float, float]]:
-        """Mean absolute errors as (model, baseline); the baseline of forces is zero."""
+        """Mean absolute errors as (model, baseline); zero is the baseline of forces and stress."""
         model, baseline = self.energy_model - self.energy, self.energy_baseline - self.energy
-        return {
+        errors = {
             "energy MAE, eV": (_mean_abs(model), _mean_abs(baseline)),
             "energy MAE, eV/atom": (
                 _mean_abs(model / self.n_atoms),
@@ -47,6 +58,10 @@ class Parity:
             ),
             "force MAE, eV/A": (_mean_abs(self.forces_model - self.forces), _mean_abs(self.forces)),
         }
+        if len(self.stress):
+            stress = _mean_abs(self.stress_model - self.stress), _mean_abs(self.stress)
+            errors["stress MAE, eV/A^3"] = stress
+        return errors
 
     def force_cosine(self) -> float:
         """Mean cosine between predicted and labelled forces of free atoms."""
@@ -58,9 +73,13 @@ class Parity:
         """The errors beside those of the trivial models, one a line."""
         lines = [f"{'validation set':<24}{'model':>12}{'baseline':>12}{'ratio':>8}"]
         for name, (model, baseline) in self.errors().items():
-            lines.append(f"{name:<24}{model:12.5f}{baseline:12.5f}{model / baseline:8.3f}")
+            ratio = f"{model / baseline:8.3f}" if baseline else ""
+            lines.append(f"{name:<24}{model:12.5f}{baseline:12.5f}{ratio}")
         lines.append(f"{'force cosine':<24}{self.force_cosine():12.5f}")
-        lines.append("baseline: element references for the energy, zero for the forces")
+        lines.append(
+            f"{len(self.energy)} structures; baseline: element references for the energy, "
+            "zero for forces and stress"
+        )
         return "\n".join(lines)
 
 
@@ -101,28 +120,41 @@ def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parit
 
     dataset = instantiate(config.runner.eval_dataloader.dataset)
     unit = load_predict_unit(checkpoint, inference_settings=InferenceSettings(compile=False))
-    references, mean = _references(config)
-    chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), max_structures)).astype(int)
+    energy_task = next(task for task in unit.tasks.values() if task.property == "energy")
     columns: list[tuple[np.ndarray, ...]] = []
-    for structures in _batches(dataset[int(index)] for index in chosen):
+    for structures in _batches(dataset[index] for index in evenly_spaced(dataset, max_structures)):
         batch = atomicdata_list_to_batch(structures)
-        predicted = unit.predict(batch.clone())  # predict moves its batch to the GPU
+        # predict moves its batch to the GPU
+        predicted = {k: v.detach().cpu().numpy() for k, v in unit.predict(batch.clone()).items()}
         free = (batch.fixed == 0).numpy()
-        atom_references = references[batch.atomic_numbers.numpy()]
+        numbers = [data.atomic_numbers.numpy() for data in structures]
         columns.append(
             (
                 batch.natoms.numpy(),
                 batch.energy.numpy(),
-                predicted["energy"].detach().cpu().numpy(),
-                np.bincount(batch.batch.numpy(), atom_references) + mean,
+                predicted["energy"],
+                np.array([energy_baseline(energy_task, each) for each in numbers]),
+                np.concatenate(numbers),
+                free,
                 batch.forces.numpy()[free],
-                predicted["forces"].detach().cpu().numpy()[free],
+                predicted["forces"][free],
+                *_stress(batch, predicted),
             )
         )
     return Parity(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-def _batches(structures: Any) -> Any:
+def _stress(batch: Any, predicted: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions where both exist, (T, 9) each; a molecule's stress is NaN."""
+    if "stress" not in predicted or "stress" not in batch:
+        return np.zeros((0, 9)), np.zeros((0, 9))
+    label = batch.stress.numpy().reshape(-1, 9)
+    model = predicted["stress"].reshape(-1, 9)
+    known = np.isfinite(label).all(axis=1) & np.isfinite(model).all(axis=1)
+    return label[known], model[known]
+
+
+def _batches(structures: Any) -> Iterator[list[Any]]:
     batch: list[Any] = []
     for structure in structures:
         if batch and sum(len(other.pos) for other in batch) + len(structure.pos) > BATCH_ATOMS:
@@ -130,11 +162,3 @@ def _batches(structures: Any) -> Any:
             batch = []
         batch.append(structure)
     yield batch
-
-
-def _references(config: Any) -> tuple[np.ndarray, float]:
-    """Element references of the energy task by atomic number, eV, and the energy mean, eV."""
-    tasks = config.runner.train_eval_unit.tasks
-    energy = next(task for task in tasks if task.property == "energy")
-    references = energy.element_references.element_references._args_[0]
-    return np.array(references), float(energy.normalizer.mean)
