@@ -7,14 +7,21 @@ import sys
 from typing import TYPE_CHECKING
 
 from escaip_fairchem import __version__
-from escaip_fairchem.commands import bench, convert, import_checkpoint, plot, sample_data
+from escaip_fairchem.commands import (
+    bench,
+    convert,
+    finetune,
+    import_checkpoint,
+    plot,
+    sample_data,
+)
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # A new subcommand is a module of ``commands`` and its place in this list.
-COMMANDS = (sample_data, convert, import_checkpoint, plot, bench)
+COMMANDS = (sample_data, convert, import_checkpoint, finetune, plot, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
