@@ -11,6 +11,8 @@ import torch
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
 
+from data_helpers import labelled_atoms, stored
+from escaip_fairchem.cli import main
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.energies import Comparison, settle_references
 from escaip_fairchem.train.finetune.lora import LoraLinear
@@ -27,6 +29,7 @@ from escaip_fairchem.train.finetune.recipe import Options
 from escaip_fairchem.train.finetune.start import read_start
 from escaip_fairchem.train.optim import Muon
 from helpers import make_batch, slab, small_model
+from vasp_files import outcar, vasprun
 
 if TYPE_CHECKING:
     from escaip_fairchem import EScAIP
@@ -351,3 +354,34 @@ def test_what_is_no_checkpoint(tmp_path):
 def test_options_out_of_range(given: dict, message: str):
     with pytest.raises(UserError, match=message):
         Options(**given)
+
+
+# the data
+
+
+@pytest.mark.parametrize(
+    "name, text", [("vasprun.xml", vasprun), ("OUTCAR", outcar)], ids=["vasprun", "outcar"]
+)
+def test_vasp_output_arrives_with_its_labels(name: str, text, tmp_path, capsys):
+    frames = labelled_atoms(6)
+    for atoms in frames:
+        atoms.calc.results["energy"] -= 30.0
+    (tmp_path / name).write_text(text(frames))
+    start = write_checkpoint(tmp_path / "start.pt", small_model(), HEADS, TASKS)
+    out = tmp_path / "run"
+    argv = ["finetune", str(start), str(tmp_path / name), "--out", str(out), "--dry-run"]
+    assert main([*argv, "--energy", "total", "--val-fraction", "0.5"]) == 0
+    assert "data: 3 train and 3 val frames" in capsys.readouterr().out
+    read = [atoms for part in ("train", "val") for atoms in stored(out / "data" / part)]
+    assert len(read) == 6
+
+    def by_energy(found):
+        return sorted(found, key=lambda atoms: atoms.calc.results["energy"])
+
+    for got, expected in zip(by_energy(read), by_energy(frames), strict=True):
+        for key in ("energy", "forces"):
+            assert np.allclose(got.calc.results[key], expected.calc.results[key], atol=1e-6)
+        assert (got.numbers == expected.numbers).all()
+        assert np.allclose(got.cell, expected.cell, atol=1e-6)
+    assert (out / "recipe.yml").is_file()
+    assert not (out / "checkpoints").exists()
