@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
 
 from data_helpers import labelled_atoms, stored
+from escaip_fairchem import EScAIP, calculator
 from escaip_fairchem.cli import main
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.energies import Comparison, settle_references
@@ -28,11 +28,10 @@ from escaip_fairchem.train.finetune.model import (
 from escaip_fairchem.train.finetune.recipe import Options
 from escaip_fairchem.train.finetune.start import read_start
 from escaip_fairchem.train.optim import Muon
-from helpers import make_batch, slab, small_model
+from helpers import SMALL, make_batch, slab, small_model
 from vasp_files import outcar, vasprun
 
-if TYPE_CHECKING:
-    from escaip_fairchem import EScAIP
+SHAPES = {"energy": [1], "forces": [3], "stress": [1, 9]}
 
 
 def task(name: str, prop: str, datasets: list[str], references: list[float] | None = None) -> dict:
@@ -40,10 +39,10 @@ def task(name: str, prop: str, datasets: list[str], references: list[float] | No
     config = {
         "_target_": "fairchem.core.units.mlip_unit.mlip_unit.Task",
         "name": name,
-        "level": "system" if prop == "energy" else "atom",
+        "level": "atom" if prop == "forces" else "system",
         "property": prop,
         "datasets": datasets,
-        "out_spec": {"dim": [1 if prop == "energy" else 3], "dtype": "float32"},
+        "out_spec": {"dim": SHAPES[prop], "dtype": "float32"},
         "normalizer": {
             "_target_": "fairchem.core.modules.normalization.normalizer.Normalizer",
             "mean": 0.0,
@@ -78,10 +77,6 @@ HEADS = {
     "forces": {"module": "escaip_fairchem.DirectForceHead"},
 }
 TASKS = [task("energy", "energy", ["mine"]), task("forces", "forces", ["mine"])]
-
-
-def trainable(model: EScAIP) -> set[str]:
-    return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def train_loss(model: EScAIP) -> torch.Tensor:
@@ -321,6 +316,29 @@ def test_direct_heads_are_renamed_and_others_left_out(tmp_path):
     for name, value in weights.items():
         scale = 2.0 if name.startswith("output_heads.") else 1.0
         assert torch.equal(built[name], scale * value.float()), name
+
+
+@pytest.mark.parametrize("conservative", [False, True])
+def test_stress_that_the_data_lacks(conservative: bool, tmp_path):
+    """A head of its own goes, a derivative of the energy stays; neither is trained."""
+    backbone = {"model": "escaip_fairchem.EScAIPBackbone", **SMALL}
+    if conservative:
+        model = small_model(conservative=True)
+        heads = {"efs": {"module": "escaip_fairchem.ConservativeHead"}}
+    else:
+        heads = {**HEADS, "stress": {"module": "escaip_fairchem.DirectStressHead"}}
+        model = EScAIP(backbone={**backbone, "direct_stress": True}, heads=copy.deepcopy(heads))
+    tasks = [*TASKS, task("stress", "stress", ["mine"])]
+    path = write_checkpoint(tmp_path / "ckpt.pt", model, heads, tasks)
+    start = read_start(path)
+    assert start.trains_stress
+    start.without_stress()
+    assert not start.trains_stress
+    start.save(tmp_path / "start.pt")
+    atoms = slab()
+    atoms.calc = calculator(tmp_path / "start.pt")
+    assert np.isfinite(atoms.get_forces()).all()
+    assert ("stress" in atoms.calc.results) is conservative
 
 
 def test_elements_that_were_trained(tmp_path):

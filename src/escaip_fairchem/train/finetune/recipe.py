@@ -151,7 +151,7 @@ def _values(
         )
     batches = max(1, round(train.sum() / max_atoms))
     steps = options.steps or max(SHORTEST, 10 * batches)
-    stress = {"dataset": {"stress": _trains_stress(start)}}
+    stress = {"dataset": {"stress": start.trains_stress}}
     return {
         "seed": options.seed,
         "epochs": None,
@@ -180,10 +180,6 @@ def _values(
         "properties": start.task,
         "tasks": [f"${{properties.{name}}}" for name in start.task],
     }
-
-
-def _trains_stress(start: Start) -> bool:
-    return "stress" in start.task and not start.task["stress"].get("inference_only")
 
 
 def default_lr(options: Options, backbone: dict[str, Any]) -> float:

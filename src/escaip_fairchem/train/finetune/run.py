@@ -225,6 +225,7 @@ def _predict(start: Start, split: Split, checkpoint: Path, limit: int) -> tuple[
         "name": start.label,
         "split": "val",
         "src": str(split.folder),
+        "stress": start.trains_stress,
     }
     runner = {
         "eval_dataloader": {"dataset": dataset},

@@ -52,6 +52,11 @@ class Start:
         heads = self.model["heads"].values()
         return any(head["module"].endswith("ConservativeHead") for head in heads)
 
+    @property
+    def trains_stress(self) -> bool:
+        """Whether stress is among what is trained."""
+        return "stress" in self.task and not self.task["stress"].get("inference_only")
+
     def set_references(self, values: np.ndarray) -> None:
         """Replace the energies of elements, eV, (120,)."""
         self.references = values
