@@ -7,11 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from fairchem.core._cli import get_hydra_config_from_yaml
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
 
 from data_helpers import labelled_atoms, stored
 from escaip_fairchem import EScAIP, calculator
+from escaip_fairchem.checkpoint import import_checkpoint
 from escaip_fairchem.cli import main
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.energies import Comparison, settle_references
@@ -29,6 +31,7 @@ from escaip_fairchem.train.finetune.recipe import Options
 from escaip_fairchem.train.finetune.start import read_start
 from escaip_fairchem.train.optim import Muon
 from helpers import SMALL, make_batch, slab, small_model
+from test_inference import builtin_checkpoint
 from vasp_files import outcar, vasprun
 
 SHAPES = {"energy": [1], "forces": [3], "stress": [1, 9]}
@@ -341,6 +344,25 @@ def test_stress_that_the_data_lacks(conservative: bool, tmp_path):
     assert ("stress" in atoms.calc.results) is conservative
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_imported_checkpoint_of_the_builtin(direct: bool, tmp_path):
+    builtin_checkpoint(tmp_path / "builtin.pt", direct=direct)
+    import_checkpoint(tmp_path / "builtin.pt", tmp_path / "ours.pt")
+    start = read_start(tmp_path / "ours.pt")
+    assert [t["name"] for t in start.tasks] == ["energy", "forces"]
+    start.save(tmp_path / "start.pt")
+    results = []
+    for name in ("ours.pt", "start.pt"):
+        atoms = slab()
+        atoms.calc = calculator(tmp_path / name)
+        results.append((atoms.get_potential_energy(), atoms.get_forces()))
+    assert results[0][0] == results[1][0]
+    assert np.array_equal(results[0][1], results[1][1])
+    heads, backbone = start.model["heads"], start.model["backbone"]
+    built = build_model(start=str(tmp_path / "start.pt"), backbone=backbone, heads=heads)
+    assert built(make_batch(slab(), dtype=torch.float32)).keys() >= {"energy", "forces"}
+
+
 def test_elements_that_were_trained(tmp_path):
     model = small_model()
     last = {name: value.float().clone() for name, value in model.state_dict().items()}
@@ -388,6 +410,7 @@ def test_vasp_output_arrives_with_its_labels(name: str, text, tmp_path, capsys):
     start = write_checkpoint(tmp_path / "start.pt", small_model(), HEADS, TASKS)
     out = tmp_path / "run"
     argv = ["finetune", str(start), str(tmp_path / name), "--out", str(out), "--dry-run"]
+    argv += ["--set", "job.scheduler.ranks_per_node=2", "--set", "optim.ema_decay=0.9"]
     assert main([*argv, "--energy", "total", "--val-fraction", "0.5"]) == 0
     assert "data: 3 train and 3 val frames" in capsys.readouterr().out
     read = [atoms for part in ("train", "val") for atoms in stored(out / "data" / part)]
@@ -401,5 +424,9 @@ def test_vasp_output_arrives_with_its_labels(name: str, text, tmp_path, capsys):
             assert np.allclose(got.calc.results[key], expected.calc.results[key], atol=1e-6)
         assert (got.numbers == expected.numbers).all()
         assert np.allclose(got.cell, expected.cell, atol=1e-6)
-    assert (out / "recipe.yml").is_file()
     assert not (out / "checkpoints").exists()
+    config = get_hydra_config_from_yaml(str(out / "recipe.yml"), [])
+    assert config.job.scheduler.ranks_per_node == 2
+    assert config.runner.train_eval_unit.ema_decay == 0.9
+    assert config.runner.train_eval_unit.tasks[0].datasets == ["mine"]
+    assert set(config.runner.train_eval_unit.model.heads) == {"energy", "forces"}

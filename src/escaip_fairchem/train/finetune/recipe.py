@@ -35,12 +35,6 @@ defaults:
   - logger: none
   - _self_
 
-job:
-  run_dir: {run_dir}
-  run_name: finetune
-  timestamp_id: ${{now:%Y%m%d-%H%M%S-%f}}
-  seed: ${{seed}}
-
 """
 
 
@@ -129,7 +123,7 @@ def write_recipe(
     header = _HEADER.format(
         source=source, path=run / path.name, name=run.name, start=run / "start.pt"
     )
-    groups = {"cluster": options.cluster, "optimizer": options.optimizer, "run_dir": run.parent}
+    groups = {"cluster": options.cluster, "optimizer": options.optimizer}
     path.write_text(header + _DEFAULTS.format(**groups) + OmegaConf.to_yaml(config))
     return OmegaConf.to_container(config)
 
@@ -153,6 +147,12 @@ def _values(
     steps = options.steps or max(SHORTEST, 10 * batches)
     stress = {"dataset": {"stress": start.trains_stress}}
     return {
+        "job": {
+            "run_dir": str(run.parent),
+            "run_name": "finetune",
+            "timestamp_id": "${now:%Y%m%d-%H%M%S-%f}",
+            "seed": "${seed}",
+        },
         "seed": options.seed,
         "epochs": None,
         "steps": steps,

@@ -70,9 +70,11 @@ class Split:
     @classmethod
     def read(cls, folder: Path) -> Split:
         """Read species, and whether there is stress."""
-        frames = [frame.atoms for frame in read_frames(expand_inputs([folder]))]
-        stress = bool(frames) and all("stress" in atoms.calc.results for atoms in frames)
-        return cls(folder, [atoms.numbers for atoms in frames], stress)
+        numbers, stress = [], True
+        for frame in read_frames(expand_inputs([folder])):
+            numbers.append(frame.atoms.numbers)
+            stress &= "stress" in frame.atoms.calc.results
+        return cls(folder, numbers, stress)
 
     @property
     def natoms(self) -> np.ndarray:
@@ -152,7 +154,9 @@ def finetune(
         return out / RECIPE
     _run(out)
     final = out / "checkpoints" / "final" / "inference_ckpt.pt"
-    if final.is_file():  # not yet, if the recipe was handed to a queue
+    if not final.is_file():
+        print(f"handed to the queue; the model will be {final}")
+    else:
         held_out = replace(splits[1], folder=folder / "val")
         print(table({"before": before, "after": _errors(start, held_out, final, baseline)}))
         print(f"model: {final}")
