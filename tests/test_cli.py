@@ -39,7 +39,7 @@ def test_help_lists_the_subcommands_and_imports_nothing_heavy():
         "print([m for m in ('numpy', 'torch', 'ase') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for name in ("sample-data", "convert", "import-checkpoint", "plot", "bench"):
+    for name in ("sample-data", "convert", "import-checkpoint", "finetune", "plot", "bench"):
         assert f"\n    {name}" in out.stdout
     assert out.stdout.rstrip().endswith("[]")
 

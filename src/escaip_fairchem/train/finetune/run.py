@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from escaip_fairchem.data import store
-from escaip_fairchem.data.convert import SplitOptions, convert_files
+from escaip_fairchem.data.convert import DATASET_FILE, SplitOptions, convert_files
 from escaip_fairchem.data.frames import expand_inputs, read_frames
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.energies import (
@@ -176,6 +176,7 @@ def _data(source: Source, target: Path, label: str) -> Path:
         keys=source.keys,
         check_units=source.check_units,
     )
+    (target / DATASET_FILE).unlink()  # the recipe says what is needed of it
     print(f"data: {summary.n_train} train and {summary.n_val} val frames")
     return target
 
