@@ -39,7 +39,7 @@ def test_help_lists_the_subcommands_and_imports_nothing_heavy():
         "print([m for m in ('numpy', 'torch', 'ase') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    names = "sample-data convert import-checkpoint info plot bench config-reference"
+    names = "sample-data convert import-checkpoint finetune info plot bench config-reference"
     for name in names.split():
         assert f"\n    {name}" in out.stdout
     assert out.stdout.rstrip().endswith("[]")

@@ -11,6 +11,7 @@ from escaip_fairchem.commands import (
     bench,
     config_reference,
     convert,
+    finetune,
     import_checkpoint,
     info,
     plot,
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # A new subcommand is a module of ``commands`` and its place in this list.
-COMMANDS = (sample_data, convert, import_checkpoint, info, plot, bench, config_reference)
+COMMANDS = (
+    sample_data,
+    convert,
+    import_checkpoint,
+    finetune,
+    info,
+    plot,
+    bench,
+    config_reference,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -186,10 +186,7 @@ def convert(
     check_units: bool = True,
     overwrite: bool = False,
 ) -> tuple[Summary, Path]:
-    """Convert files that ASE reads into a data set for training.
-
-    The files are read twice: first everything is checked and the split is chosen, then it is
-    written, so that a bad frame is found before anything exists and memory stays constant.
+    """Convert files that ASE reads into a data set that recipes find by its name.
 
     Args:
         inputs: Files, glob patterns or folders of ASE-LMDB files.
@@ -207,9 +204,6 @@ def convert(
     Raises:
         UserError: Naming file and frame of the first defect.
     """
-    from tqdm import tqdm
-
-    split, keys = split or SplitOptions(), keys or LabelKeys()
     name = name or out.resolve().name
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"name {name!r}: use letters, digits, '.', '_' and '-' only (--name)")
@@ -219,23 +213,66 @@ def convert(
             raise UserError(f"{out} exists; choose another folder or pass --overwrite")
         if group.exists():
             raise UserError(f"{group} exists; choose another --name or pass --overwrite")
-    paths = expand_inputs(inputs)
-
-    frames = tqdm(read_frames(paths), desc="check", unit=" frames", disable=None)
-    in_val = split.mask(_check_all(frames, keys, split.key, check_units))
-    labelled_frames = (labelled(frame, keys) for frame in read_frames(paths))
-    folder = out.resolve()
-    summary = write_dataset(
+    summary = convert_files(
+        inputs,
         out,
-        tqdm(labelled_frames, desc="write", unit=" frames", total=len(in_val), disable=None),
-        in_val,
         label=label or name,
-        comment=f"written by escaip convert from {len(paths)} files, {split.describe()}",
-        paths=(str(folder / "train"), str(folder / "val")),
+        split=split,
+        keys=keys,
+        check_units=check_units,
         overwrite=overwrite,
     )
     store.copy_file(out / DATASET_FILE, group)
     return summary, group
+
+
+def convert_files(
+    inputs: Sequence[str | Path],
+    out: Path,
+    *,
+    label: str,
+    split: SplitOptions | None = None,
+    keys: LabelKeys | None = None,
+    check_units: bool = True,
+    overwrite: bool = False,
+) -> Summary:
+    """Convert files that ASE reads into a folder with ``train`` and ``val``.
+
+    The files are read twice: first everything is checked and the split is chosen, then it is
+    written, so that a bad frame is found before anything exists and memory stays constant.
+
+    Args:
+        inputs: As for `convert`.
+        out: Folder to make.
+        label: fairchem's name of the data set.
+        split: As for `convert`.
+        keys: As for `convert`.
+        check_units: As for `convert`.
+        overwrite: Whether an existing ``out`` may be replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: Naming file and frame of the first defect.
+    """
+    from tqdm import tqdm
+
+    split, keys = split or SplitOptions(), keys or LabelKeys()
+    paths = expand_inputs(inputs)
+    frames = tqdm(read_frames(paths), desc="check", unit=" frames", disable=None)
+    in_val = split.mask(_check_all(frames, keys, split.key, check_units))
+    labelled_frames = (labelled(frame, keys) for frame in read_frames(paths))
+    folder = out.resolve()
+    return write_dataset(
+        out,
+        tqdm(labelled_frames, desc="write", unit=" frames", total=len(in_val), disable=None),
+        in_val,
+        label=label,
+        comment=f"written by escaip convert from {len(paths)} files, {split.describe()}",
+        paths=(str(folder / "train"), str(folder / "val")),
+        overwrite=overwrite,
+    )
 
 
 def _check_all(
