@@ -81,8 +81,6 @@ def test_links(page: Path) -> None:
         if path.startswith("https://"):
             continue
         target = (page.parent / path).resolve() if path else page
-        if target.name == "finetuning.md":
-            continue
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
 

@@ -98,9 +98,14 @@ RECIPE_KEYS = {
     "dataset": "`dataset.name`, `dataset.train`, `dataset.val`: paths in the data root",
     "heads": "output heads by task name",
     "tasks": "fairchem's tasks: what is learnt, loss, metrics",
+    "properties": "the tasks of `tasks`, by name",
     "optimizer": "the optimizer, built by Hydra",
     "train_dataloader": "fairchem's data loader for training",
     "eval_dataloader": "that for validation",
+    "start": "of `escaip finetune`: the checkpoint whose weights a run begins with",
+    "freeze": "parts of the model that stay as they are",
+    "layer_decay": "factor of the learning rate from a layer to the one before it",
+    "lora_rank": "rank of low-rank updates; 0 trains the weights themselves",
     "job": "fairchem's job: `run_dir`, `run_name`, `timestamp_id` (the same again resumes), "
     "`device_type`, `scheduler`, `logger`",
 }  # fmt: skip
@@ -132,7 +137,7 @@ def recipe_keys() -> set[str]:
     root = files("escaip_fairchem") / "configs"
     wiring = (root / "training" / "direct.yaml").read_text()
     used = {key for text in _texts(root) for key in re.findall(r"\$\{(\w+)[.}]", text)}
-    return {*used, *re.findall(r"^(\w+):", wiring, flags=re.M)} - {"runner"}
+    return {*used, *re.findall(r"^(\w+):", wiring, flags=re.M)} - {"runner", "defaults"}
 
 
 def _texts(folder: Any) -> Iterator[str]:
