@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/relax_slab.py $(DEMO)/checkpoints/final/inference_ckpt.pt
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

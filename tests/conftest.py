@@ -13,6 +13,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# with `pytest -n 2` each process has a core of its own, or two
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
 ROOT = Path(__file__).parents[1]
 
 

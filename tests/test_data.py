@@ -182,6 +182,7 @@ def test_metadata_counts_follow_the_rows_over_several_shards(tmp_path, monkeypat
     frames = [molecule(name) for name in ("H2", "H2O", "CH4", "NH3", "CO2", "N2", "C2H6")]
     writer = store.SplitWriter(tmp_path / "split")
     for atoms in frames:
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
         writer.add(atoms)
     writer.close()
     assert [f.name for f in sorted((tmp_path / "split").iterdir())] == [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -88,3 +91,25 @@ def test_mistakes(dataset, tmp_path):
     np.savez(tmp_path / "old" / "metadata.npz", natoms=np.array([len(labelled_atoms(1)[0])] * 3))
     with pytest.raises(UserError, match="make them again with `escaip convert`"):
         sampler(create_dataset("oc20", "train", str(tmp_path / "old")))
+
+
+def test_folders_with_and_without_mean_forces(dataset, tmp_path):
+    """Such as an older one: the sizes that all samplers need are there, mean forces are not."""
+    folder = Path(dataset.datasets[0].dataset.paths[0])
+    shutil.copytree(folder, tmp_path / "z_old")
+    natoms = np.load(folder / "metadata.npz")["natoms"]
+    np.savez(tmp_path / "z_old" / "metadata.npz", natoms=natoms)
+    mixed = create_dataset("oc20", "train", [str(folder), str(tmp_path / "z_old")])
+    assert sorted(mixed.get_metadata("natoms", list(range(12)))) == sorted([*natoms, *natoms])
+    with pytest.raises(UserError, match="make them again with `escaip convert`"):
+        sampler(mixed)
+
+
+def test_forces_that_are_all_zero(tmp_path):
+    writer = SplitWriter(tmp_path / "train")
+    for atoms in labelled_atoms(2):
+        atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)))
+        writer.add(atoms)
+    writer.close()
+    with pytest.raises(UserError, match="every force of the training data is zero"):
+        sampler(create_dataset("oc20", "train", str(tmp_path / "train")))

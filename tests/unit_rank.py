@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from escaip_fairchem.train.optim import Muon
-from escaip_fairchem.train.sharding import state_bytes
 from unit_parts import (
     Answers,
     batches,
@@ -25,6 +24,12 @@ from unit_parts import (
 #: Structures of each batch: different numbers, of different sizes.
 GROUPS = [[1, 2, 3], [4], [0, 5], [6, 7, 8], [9, 10], [2]]
 STEPS = 3
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that this rank holds in states of an optimizer."""
+    tensors = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def main(folder: Path, rank: int) -> None:

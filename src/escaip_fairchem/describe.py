@@ -13,7 +13,7 @@ from typing import Any
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
 
-_UNITS = {"energy": "eV", "forces": "eV/A", "stress": "eV/A^3"}
+UNITS = {"energy": "eV", "forces": "eV/A", "stress": "eV/A^3"}
 _BACKBONES = ("escaip_fairchem.EScAIPBackbone", "escaip_fairchem.backbone.EScAIPBackbone", "escaip")
 INFERENCE_NAME = "inference_ckpt.pt"
 
@@ -147,7 +147,7 @@ def _task(task: Any) -> dict[str, Any]:
     return {
         "name": task["name"],
         "property": task["property"],
-        "unit": _UNITS.get(task["property"], ""),
+        "unit": UNITS.get(task["property"], ""),
         "datasets": list(task["datasets"]),
         "mean": float(task["normalizer"]["mean"]),
         "rmsd": float(task["normalizer"]["rmsd"]),
@@ -166,9 +166,10 @@ def _run(checkpoint: Path) -> dict[str, Any] | None:
     if not config_path.exists():
         return None
     config = OmegaConf.load(config_path)
+    loaders = OmegaConf.to_container(config.runner, resolve=True)
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
     sources = {
-        split: OmegaConf.select(config, f"runner.{loader}_dataloader.dataset.src")
+        split: loaders[f"{loader}_dataloader"]["dataset"]["src"]
         for split, loader in (("train", "train"), ("val", "eval"))
     }
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,17 @@ class SpawnSafeAseDBDataset(AseDBDataset):
     Where stress is loaded, a structure without one gets infinities, which fairchem's losses and
     metrics leave out.
     """
+
+    @cached_property
+    def _metadata(self) -> dict[str, np.ndarray]:
+        """As fairchem reads it; of several folders, only what all of them hold."""
+        try:
+            return super()._metadata
+        except KeyError:
+            folders = [path.parent if path.is_file() else path for path in self.paths]
+            parts = [dict(np.load(folder / "metadata.npz")) for folder in folders]
+            common = set.intersection(*map(set, parts))
+            return {name: np.concatenate([part[name] for part in parts]) for name in common}
 
     def get_atoms(self, idx: int) -> Atoms:
         """Read structure ``idx`` with its labels."""

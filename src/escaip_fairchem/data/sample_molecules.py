@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from escaip_fairchem.data.sample import Maker, trajectory
@@ -43,19 +44,25 @@ def frames(index: int, n_frames: int, rng: np.random.Generator) -> Iterator[Atom
 
     name = MOLECULES[index % len(MOLECULES)]
     atoms = molecule(name)
-    calculator, offset = _calculator(atoms)
-    for frame in trajectory(atoms, calculator, n_frames, rng):
-        frame.calc.results["energy"] += offset
-        frame.info = {"name": name, "charge": 0, "spin": 1}
-        yield frame
+    with _calculator(atoms) as (calculator, offset):
+        for frame in trajectory(atoms, calculator, n_frames, rng):
+            frame.calc.results["energy"] += offset
+            frame.info = {"name": name, "charge": 0, "spin": 1}
+            yield frame
 
 
-def _calculator(atoms: Atoms) -> tuple[Calculator, float]:
+@contextmanager
+def _calculator(atoms: Atoms) -> Iterator[tuple[Calculator, float]]:
     """The calculator at hand, and what to add to its energy, eV."""
     try:
         from tblite.ase import TBLite
     except ImportError:
         from ase.calculators.emt import EMT
 
-        return EMT(), sum(EMT_OFFSETS[symbol] for symbol in atoms.symbols)
-    return TBLite(method="GFN2-xTB", verbosity=0), 0.0
+        yield EMT(), sum(EMT_OFFSETS[symbol] for symbol in atoms.symbols)
+        return
+    from threadpoolctl import threadpool_limits
+
+    # several threads add in any order, and dynamics makes rounding errors grow
+    with threadpool_limits(1):
+        yield TBLite(method="GFN2-xTB", verbosity=0), 0.0

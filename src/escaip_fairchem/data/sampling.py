@@ -31,7 +31,7 @@ class ForceWeightedBatchSampler(MaxAtomDistributedBatchSampler):
         **options: As for fairchem's sampler; ``shuffle`` must stay true.
 
     Raises:
-        UserError: `power` is negative, ``shuffle`` is off, or the data lack mean forces.
+        UserError: `power` is negative, ``shuffle`` is off, or the data lack forces or their means.
     """
 
     def __init__(self, *, power: float = 0.7, **options: Any) -> None:
@@ -41,6 +41,8 @@ class ForceWeightedBatchSampler(MaxAtomDistributedBatchSampler):
             raise UserError("frames drawn by their forces come in random order: set shuffle: true")
         super().__init__(**options)
         weights = _mean_forces(self.dataset) ** power
+        if not weights.any():
+            raise UserError("every force of the training data is zero: drop `sampler=forces`")
         # how often each frame comes in a round of as many frames as there are
         self._expected = weights * (len(weights) / weights.sum())
         self._num_atoms = np.array(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -114,9 +114,3 @@ def _send(parts: list[list[Tensor]]) -> None:
             pieces = vector.split([p.numel() for p in part])
             shaped = [piece.view_as(p) for piece, p in zip(pieces, part, strict=True)]
             torch._foreach_copy_(part, shaped)
-
-
-def state_bytes(optimizer: Any) -> int:
-    """Bytes that this rank holds in states of an optimizer."""
-    tensors = [v for state in optimizer.state.values() for v in state.values()]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

@@ -99,4 +99,4 @@ class SpeedCallback(Callback):
 
 def steps_per_epoch(state: State, unit: TrainEvalUnit) -> int:
     """Steps of the optimizer in a pass over the data, each of several batches if it accumulates."""
-    return math.ceil(len(state.train_state.dataloader) / getattr(unit, "accumulate", 1))
+    return math.ceil(len(state.train_state.dataloader) / unit.accumulate)

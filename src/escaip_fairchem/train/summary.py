@@ -14,6 +14,7 @@ import torch
 from fairchem.core.common import distutils
 
 import escaip_fairchem
+from escaip_fairchem.describe import UNITS
 from escaip_fairchem.train.baselines import baseline_metrics, evenly_spaced
 from escaip_fairchem.train.callbacks import FILE_NAME, column_names, read_metrics
 from escaip_fairchem.train.speed import SpeedCallback, steps_per_epoch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 SUMMARY_NAME = "summary.json"
 BASELINE_STRUCTURES = 1000  # validation structures whose labels are read for the baselines
-_UNITS = {"energy": "eV", "forces": "eV/A", "stress": "eV/A^3"}
 
 
 class SummaryCallback(SpeedCallback):
@@ -52,6 +52,10 @@ class SummaryCallback(SpeedCallback):
         atoms = distutils.all_reduce(self.atoms, average=False, device=device)
         if not distutils.is_master():
             return
+        path = self._checkpoints.parent / SUMMARY_NAME
+        if not self.steps and path.exists():  # a finished run, started again: there is its summary
+            print(summary_table(json.loads(path.read_text())), flush=True)
+            return
         rows = read_metrics(self._checkpoints.parent / FILE_NAME)
         steps = unit.train_progress.num_steps_completed
         rate = 1 / self.seconds if self.seconds else 0.0
@@ -69,7 +73,7 @@ class SummaryCallback(SpeedCallback):
             **_machine(device),
             **versions(),
         }
-        (self._checkpoints.parent / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n")
+        path.write_text(json.dumps(summary, indent=1) + "\n")
         print(summary_table(summary), flush=True)
 
     def _checkpoint(self) -> str | None:
@@ -110,7 +114,7 @@ def unit_of(metric: str) -> str:
     """Unit of a metric by its column name; empty for losses, cosines and fractions."""
     if rises(metric) or metric.endswith("loss"):
         return ""
-    name = next((text for key, text in _UNITS.items() if f"_{key}_" in f"_{metric}_"), "")
+    name = next((text for key, text in UNITS.items() if f"_{key}_" in f"_{metric}_"), "")
     squared = "^2" if metric.endswith("_mse") else ""
     return f"{name}/atom{squared}" if "per_atom" in metric else f"{name}{squared}"
 
