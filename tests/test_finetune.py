@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import shlex
 
 import numpy as np
 import pytest
 import torch
+from ase.io import write
 from fairchem.core._cli import get_hydra_config_from_yaml
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import unit_parts
 from data_helpers import labelled_atoms, stored
 from escaip_fairchem import EScAIP, calculator
 from escaip_fairchem.checkpoint import import_checkpoint
@@ -19,6 +23,7 @@ from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.energies import Comparison, settle_references
 from escaip_fairchem.train.finetune.lora import LoraLinear
 from escaip_fairchem.train.finetune.model import (
+    FineTuneUnit,
     add_adapters,
     build_model,
     decay_rates_by_layer,
@@ -27,7 +32,7 @@ from escaip_fairchem.train.finetune.model import (
     part_names,
     part_prefixes,
 )
-from escaip_fairchem.train.finetune.recipe import Options
+from escaip_fairchem.train.finetune.recipe import Options, run_name, steps_per_epoch, write_recipe
 from escaip_fairchem.train.finetune.start import read_start
 from escaip_fairchem.train.optim import Muon
 from helpers import SMALL, make_batch, slab, small_model
@@ -160,6 +165,36 @@ def test_rates_by_layer_and_no_decay_of_frozen_parts(optimizer):
         decay_rates_by_layer(made, model.named_parameters(), 0.0)
 
 
+@pytest.mark.parametrize("layer_decay", [1.0, 0.8])
+def test_an_interrupted_run_goes_on(layer_decay: float, tmp_path):
+    """Of low-rank updates alone, which leave fairchem's group without decay empty."""
+    unit_parts.write_frames(tmp_path / "frames")
+    data = unit_parts.batches(tmp_path / "frames", [[1, 2], [3, 4], [5, 6]])
+    model = unit_parts.small_model("v2")
+    start = write_checkpoint(tmp_path / "start.pt", model, HEADS, TASKS)
+    config = torch.load(start, weights_only=False).model_config
+    config.pop("_target_")
+
+    def make():
+        torch.manual_seed(0)
+        model = build_model(start=str(start), freeze=["heads"], lora_rank=4, **config)
+        return unit_parts.make_unit(
+            tmp_path, "v2", kind=FineTuneUnit, model=model, layer_decay=layer_decay,
+            save_inference_ckpt=False,
+        )  # fmt: skip
+
+    with unit_parts.ranks(tmp_path):
+        whole, first, again = make(), make(), make()
+        before = unit_parts.weights(whole)
+        unit_parts.train(whole, [[batch] for batch in data])
+        unit_parts.train(first, [[batch] for batch in data[:2]])
+        first.save_state(str(tmp_path / "state"))
+        again._execute_load_state(str(tmp_path / "state"))
+        unit_parts.train(again, [data[2:]])
+    assert not torch.equal(unit_parts.weights(whole), before)
+    assert torch.equal(unit_parts.weights(again), unit_parts.weights(whole))
+
+
 # low-rank updates
 
 
@@ -270,6 +305,12 @@ def test_total_energies_against_adsorption_energies():
         settle_references(mixed, energy="adsorption")
     with pytest.raises(UserError, match="pass --energy adsorption"):
         settle_references(Comparison(numbers, adsorption, total))
+    warning = "warning: by their size these are adsorption energies"
+    assert warning in settle_references(Comparison(numbers, adsorption, total), energy="total")[1]
+    # total energies of a calculator whose zero is near, on both sides
+    small = Comparison(numbers, adsorption, adsorption - 1.0)
+    assert "warning" not in settle_references(small, energy="total")[1]
+    assert "warning" not in settle_references(mixed, energy="total")[1]
 
 
 # the checkpoint
@@ -372,11 +413,14 @@ def test_elements_that_were_trained(tmp_path):
 
 
 def test_what_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"no checkpoint at .*gone\.pt; give an inference_ckpt"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*gone\.pt; a run writes"):
         read_start(tmp_path / "gone.pt")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(UserError, match="import-checkpoint"):
+    with pytest.raises(UserError, match=r"text\.pt is no inference checkpoint"):
         read_start(tmp_path / "text.pt")
+    builtin_checkpoint(tmp_path / "builtin.pt", direct=True)
+    with pytest.raises(UserError, match="import-checkpoint"):
+        read_start(tmp_path / "builtin.pt")
     with pytest.raises(UserError, match=r"no checkpoints/\*/inference_ckpt\.pt"):
         read_start(tmp_path)
 
@@ -389,6 +433,7 @@ def test_what_is_no_checkpoint(tmp_path):
         ({"lora_rank": 4, "optimizer": "muon"}, "adamw"),
         ({"steps": 0}, "--steps is 0"),
         ({"max_atoms": -5}, "--max-atoms is -5"),
+        ({"settings": ("lr",)}, "give KEY=VALUE"),
     ],
 )
 def test_options_out_of_range(given: dict, message: str):
@@ -396,7 +441,74 @@ def test_options_out_of_range(given: dict, message: str):
         Options(**given)
 
 
+def test_reading_a_checkpoint_runs_no_pickled_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    path = write_checkpoint(tmp_path / "ckpt.pt", small_model(), HEADS, TASKS)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint.tasks_config = [Payload()]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="holds other objects"):
+        read_start(path)
+    assert not (tmp_path / "ran").exists()
+
+
+# the recipe
+
+
+@pytest.mark.parametrize(
+    "name", ["2026_11_21", "0.10", "1e-3", "a,b", "null", "[x]", "k=v", "two words", 'a"b', "a'b"]
+)
+def test_any_name_of_a_run_arrives_as_it_is(name: str, tmp_path):
+    overrides = OverridesParser.create().parse_overrides([run_name(tmp_path / name)])
+    assert [override.value() for override in overrides] == [name]
+
+
+@pytest.mark.parametrize(
+    "options, ranks, accumulate",
+    [
+        ({}, 1, 1),
+        ({"cluster": "node"}, 8, 1),
+        ({"cluster": "slurm", "settings": ("accumulate=3",)}, 16, 3),
+        ({"settings": ("job.scheduler.ranks_per_node=2", "accumulate=50")}, 2, 50),
+    ],
+)
+def test_steps_are_those_of_all_ranks(options: dict, ranks: int, accumulate: int, tmp_path):
+    """3,600 frames of which a batch takes one: ten passes, or 1,000 steps if that is longer."""
+    start = read_start(write_checkpoint(tmp_path / "ckpt.pt", small_model(), HEADS, TASKS))
+    recipe = write_recipe(
+        tmp_path / "recipe.yml", start, Options(max_atoms=19, **options), run=tmp_path / "run",
+        source="", folders=(tmp_path, tmp_path), natoms=(np.full(3600, 10), np.full(5, 10)),
+    )  # fmt: skip
+    epoch = 3600 / ranks / accumulate
+    assert recipe["steps"] == max(1000, 10 * epoch)
+    assert recipe["optim"]["warmup_epochs"] * epoch == pytest.approx(recipe["steps"] / 20, rel=1e-3)
+    with pytest.raises(UserError, match="whole numbers above 0, got 1, 1, some"):
+        steps_per_epoch(np.full(3, 10), 19, Options(settings=("accumulate=some",)))
+
+
 # the data
+
+
+@pytest.mark.parametrize("element, fits", [(92, False), (89, True)])
+def test_elements_beyond_the_table_of_the_preset(element: int, fits: bool, tmp_path, capsys):
+    """A recipe does not write the table's size, so neither does its checkpoint."""
+    path = write_checkpoint(tmp_path / "ckpt.pt", small_model(preset="paper"), HEADS, TASKS)
+    checkpoint = torch.load(path, weights_only=False)
+    kept = ("model", "preset", *SMALL)
+    backbone = checkpoint.model_config["backbone"]
+    checkpoint.model_config["backbone"] = {key: backbone[key] for key in kept}
+    torch.save(checkpoint, path)
+    data = labelled_atoms(2)
+    for atoms in data:
+        atoms.numbers[-1] = element
+    write(tmp_path / "data.extxyz", data)
+    argv = ["finetune", str(path), str(tmp_path / "data.extxyz"), "--out", str(tmp_path / "run")]
+    assert main([*argv, "--dry-run"]) == (0 if fits else 2)
+    found = "no place for U (max_num_elements is 90)" in capsys.readouterr().err
+    assert found is not fits
 
 
 @pytest.mark.parametrize(
@@ -408,7 +520,7 @@ def test_vasp_output_arrives_with_its_labels(name: str, text, tmp_path, capsys):
         atoms.calc.results["energy"] -= 30.0
     (tmp_path / name).write_text(text(frames))
     start = write_checkpoint(tmp_path / "start.pt", small_model(), HEADS, TASKS)
-    out = tmp_path / "run"
+    out = tmp_path / "2026_11_21"
     argv = ["finetune", str(start), str(tmp_path / name), "--out", str(out), "--dry-run"]
     argv += ["--set", "job.scheduler.ranks_per_node=2", "--set", "optim.ema_decay=0.9"]
     assert main([*argv, "--energy", "total", "--val-fraction", "0.5"]) == 0
@@ -425,7 +537,10 @@ def test_vasp_output_arrives_with_its_labels(name: str, text, tmp_path, capsys):
         assert (got.numbers == expected.numbers).all()
         assert np.allclose(got.cell, expected.cell, atol=1e-6)
     assert not (out / "checkpoints").exists()
-    config = get_hydra_config_from_yaml(str(out / "recipe.yml"), [])
+    head = [line[1:] for line in (out / "recipe.yml").read_text().splitlines() if line[:1] == "#"]
+    _, resume = (shlex.split(line) for line in head if line.startswith("   fairchem"))
+    config = get_hydra_config_from_yaml(resume[2], resume[3:])
+    assert (config.job.run_dir, config.job.timestamp_id) == (str(tmp_path), "2026_11_21")
     assert config.job.scheduler.ranks_per_node == 2
     assert config.runner.train_eval_unit.ema_decay == 0.9
     assert config.runner.train_eval_unit.tasks[0].datasets == ["mine"]

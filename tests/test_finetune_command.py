@@ -87,11 +87,14 @@ def test_the_recipe_repeats_the_run(page: Path):
 
 
 def test_own_slab_low_rank_on_two_ranks(page: Path, test_data: Path, monkeypatch, capfd):
-    """VASP's relaxation, total energies: frozen parts stay, no trace of peft, ASE calculator."""
+    """VASP's relaxation, total energies: frozen parts stay, no trace of peft, ASE calculator.
+
+    The run is named by a date, which Hydra would read as a number.
+    """
     source = test_data / "formats" / "oc20_random1000156_vasp.traj"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = (
-        f"finetune {page}/runs/base {source} --out {page}/runs/slab --energy total --steps 6 "
+        f"finetune {page}/runs/base {source} --out {page}/runs/2026_11_21 --energy total --steps 6 "
         "--lora 4 --freeze embedding,blocks.0 --layer-decay 0.8 --max-atoms 100 "
         "--set job.scheduler.ranks_per_node=2"
     )
@@ -99,10 +102,10 @@ def test_own_slab_low_rank_on_two_ranks(page: Path, test_data: Path, monkeypatch
     out = capfd.readouterr().out
     assert "the checkpoint never saw Na, Tl" in out
     assert "element references: refitted" in out
-    path = page / "runs/slab/checkpoints/final/inference_ckpt.pt"
+    path = page / "runs/2026_11_21/checkpoints/final/inference_ckpt.pt"
     checkpoint = torch.load(path, weights_only=False)
     assert checkpoint.model_config["_target_"] == "escaip_fairchem.EScAIP"
-    start = torch.load(page / "runs/slab/start.pt", weights_only=False).model_state_dict
+    start = torch.load(page / "runs/2026_11_21/start.pt", weights_only=False).model_state_dict
     trained = {
         name.removeprefix("module."): value for name, value in checkpoint.model_state_dict.items()
     }

@@ -143,14 +143,22 @@ def job_config(folder: Path) -> Any:
     return OmegaConf.create({"debug": True, "logger": None, "metadata": {"config_path": str(path)}})
 
 
-def make_unit(folder: Path, form: str = "paper", *, optimizer: Any = None, **settings: Any):
+def make_unit(
+    folder: Path,
+    form: str = "paper",
+    *,
+    optimizer: Any = None,
+    kind: type[TrainEvalUnit] = TrainEvalUnit,
+    **settings: Any,
+):
     """A training unit ready for `train_step`, with 20 steps to an epoch."""
     backbone = settings.pop("backbone", {})
+    model = settings.pop("model", None) or small_model(form, **backbone)
     # a large eps, or AdamW would move by the sign of gradients that are rounding errors
     adamw = partial(torch.optim.AdamW, lr=1e-3, eps=1e-3, weight_decay=1e-3)
-    unit = TrainEvalUnit(
+    unit = kind(
         job_config=job_config(folder),
-        model=small_model(form, **backbone),
+        model=model,
         optimizer_fn=optimizer or adamw,
         cosine_lr_scheduler_fn=partial(
             _get_consine_lr_scheduler, warmup_factor=0.2, warmup_epochs=0.1, lr_min_factor=0.1,

@@ -8,10 +8,13 @@ import pickle
 import zipfile
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 UNITS = {"energy": "eV", "forces": "eV/A", "stress": "eV/A^3"}
 _BACKBONES = ("escaip_fairchem.EScAIPBackbone", "escaip_fairchem.backbone.EScAIPBackbone", "escaip")
@@ -32,8 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(Path(path))
     checkpoint = load_safely(path)
-    backbone = dict(checkpoint.model_config["backbone"])
-    config = _config(path, backbone)
+    config = read_config(path, checkpoint.model_config["backbone"])
     weights = {k: v for k, v in checkpoint.model_state_dict.items() if k != "n_averaged"}
     heads = checkpoint.model_config["heads"]
     return {
@@ -114,14 +116,23 @@ def load_safely(path: Path) -> Any:
     return checkpoint
 
 
-def _config(path: Path, backbone: dict[str, Any]) -> EScAIPConfig:
-    model = str(backbone.pop("model"))
+def read_config(path: Path, backbone: Mapping[str, Any]) -> EScAIPConfig:
+    """The configuration of a checkpoint's backbone, its preset filled in.
+
+    Args:
+        path: The checkpoint, for the message.
+        backbone: As the checkpoint holds it.
+
+    Raises:
+        UserError: Another model's.
+    """
+    model = str(backbone["model"])
     if model not in _BACKBONES:
         builtin = model.startswith("fairchem") and "escaip" in model.lower()
         hint = ": import it with `escaip import-checkpoint IN OUT`" if builtin else ""
         owner = "fairchem's built-in EScAIP" if builtin else model
         raise UserError(f"{path} is a checkpoint of {owner}, not of this package{hint}")
-    return EScAIPConfig.from_kwargs(**backbone)
+    return EScAIPConfig.from_kwargs(**{k: v for k, v in backbone.items() if k != "model"})
 
 
 def _kind_of_forces(config: EScAIPConfig) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.baselines import energy_baseline, evenly_spaced
 from escaip_fairchem.train.runner import instantiate
 
@@ -85,23 +84,6 @@ class Parity:
 
 def _mean_abs(values: np.ndarray) -> float:
     return float(np.abs(values).mean())
-
-
-def newest_checkpoint(run_dir: Path) -> Path:
-    """The inference checkpoint that a run wrote last.
-
-    Args:
-        run_dir: Folder of the run.
-
-    Raises:
-        UserError: If there is none.
-    """
-    found = sorted(
-        run_dir.glob("checkpoints/*/inference_ckpt.pt"), key=lambda path: path.stat().st_mtime
-    )
-    if not found:
-        raise UserError(f"no checkpoints/*/inference_ckpt.pt in {run_dir}; let the run finish")
-    return found[-1]
 
 
 def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parity:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from escaip_fairchem.describe import find_checkpoint
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.by_element import by_element, write_by_element
 from escaip_fairchem.train.callbacks import FILE_NAME, read_metrics
-from escaip_fairchem.train.parity import Parity, evaluate, newest_checkpoint
+from escaip_fairchem.train.parity import Parity, evaluate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
             f"no {FILE_NAME} and canonical_config.yaml in {run_dir}; give the folder of a run, "
             "job.run_dir/job.timestamp_id"
         )
-    parity = evaluate(OmegaConf.load(config_path), newest_checkpoint(run_dir))
+    parity = evaluate(OmegaConf.load(config_path), find_checkpoint(run_dir))
     print(parity.table())
     elements = by_element(parity)
     return [

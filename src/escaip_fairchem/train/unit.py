@@ -91,6 +91,9 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         if shard_optimizer:
             kwargs["optimizer_fn"] = sharded(kwargs["optimizer_fn"])
         super().__init__(*args, ema_decay=ema_decay, bf16=bf16, **kwargs)
+        # an empty group, as frozen parts may leave it, would be saved but could not be loaded
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [group for group in groups if group["params"]]
         self.ema_model.multi_avg_fn = warmed_up_average(ema_decay)
         self.accumulate = accumulate
         self.shard_optimizer = shard_optimizer

@@ -13,8 +13,8 @@ from escaip_fairchem.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Energies smaller than this, eV per atom, are differences (adsorption energies): OC20's are
-#: below 0.15, and total energies of any DFT code above 1.
+#: Energies smaller than this, eV per atom, are taken for differences (adsorption energies): OC20's
+#: are below 0.15, and total energies usually above 1.
 TOTAL_FROM = 0.5
 #: A difference between data and model, eV per atom, that no training should have to make up for.
 OFF = 0.05
@@ -125,6 +125,11 @@ def settle_references(
         f"energies of the data: {kind} ({size:.3f} eV per atom); the checkpoint's: {model}",
         f"data - model: {comparison.offset:+.4f} eV per atom, rms {comparison.rms:.4f}",
     ]
+    if energy == "total" and (looks, model) == ("adsorption", "total") and off > FAR_OFF:
+        lines.append(
+            "warning: by their size these are adsorption energies; with --energy total the "
+            "difference is put down to elements all the same"
+        )
     if references == "keep" or (references == "auto" and off <= OFF):
         lines.append("element references: those of the checkpoint (--references refit fits them)")
         return None, "\n".join(lines)

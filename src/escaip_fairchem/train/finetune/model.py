@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fairchem.core.common import distutils
 
+from escaip_fairchem.describe import load_safely
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.model import EScAIP
 from escaip_fairchem.train.unit import TrainEvalUnit
@@ -42,10 +43,8 @@ def build_model(
         UserError: Weights that do not fit, an unknown part, nothing left to train, no peft.
     """
     built = EScAIP(**model)
-    # Written by `escaip finetune`, in fairchem's format.
-    checkpoint = torch.load(start, map_location="cpu", weights_only=False)
     try:
-        built.load_state_dict(average_weights(checkpoint))
+        built.load_state_dict(average_weights(load_safely(Path(start))))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the weights of {start} do not fit the model: {reason}") from error

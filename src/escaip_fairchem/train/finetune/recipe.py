@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from escaip_fairchem.config import EScAIPConfig
+import numpy as np
+
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import numpy as np
 
     from escaip_fairchem.train.finetune.start import Start
 
 _HEADER = """\
 # Written by `escaip finetune` from {source}.
 #
-#   fairchem -c {path}
+#   {repeat}
 #
-# repeats it, in a folder of its own beside this one; with job.timestamp_id={name} it takes the run
-# up again where it stopped. Weights to start from, tasks and element references: {start}.
+# repeats it, in a folder of its own beside this one, and
+#
+#   {resume}
+#
+# takes the run up again where it stopped. Weights to start from, tasks and element references:
+# {start}.
 """
 
 _DEFAULTS = """
@@ -78,6 +84,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; give a number above 0")
+        for setting in self.settings:
+            if "=" not in setting:
+                raise UserError(
+                    f"--set {setting}: give KEY=VALUE, for example optim.ema_decay=0.999"
+                )
 
 
 #: Steps of a short run.
@@ -115,13 +126,15 @@ def write_recipe(
     values = _values(start, options, run=run, folders=folders, natoms=natoms)
     config = OmegaConf.create(values)
     for setting in options.settings:
-        key, found, _ = setting.partition("=")
-        if not found:
-            raise UserError(f"--set {setting}: give KEY=VALUE, for example optim.ema_decay=0.999")
+        key, _, _ = setting.partition("=")
         value = OmegaConf.select(OmegaConf.from_dotlist([setting]), key)
         OmegaConf.update(config, key, value, force_add=True)
+    command = ["fairchem", "-c", str(run / path.name)]
     header = _HEADER.format(
-        source=source, path=run / path.name, name=run.name, start=run / "start.pt"
+        source=source,
+        repeat=shlex.join(command),
+        resume=shlex.join([*command, run_name(run)]),
+        start=run / "start.pt",
     )
     groups = {"cluster": options.cluster, "optimizer": options.optimizer}
     path.write_text(header + _DEFAULTS.format(**groups) + OmegaConf.to_yaml(config))
@@ -143,8 +156,8 @@ def _values(
             f"--max-atoms {max_atoms} is less than the largest structure has ({largest} atoms), "
             "which would be left out; raise it"
         )
-    batches = max(1, round(train.sum() / max_atoms))
-    steps = options.steps or max(SHORTEST, 10 * batches)
+    epoch = steps_per_epoch(train, int(max_atoms), options)
+    steps = options.steps or max(SHORTEST, 10 * epoch)
     stress = {"dataset": {"stress": start.trains_stress}}
     return {
         "job": {
@@ -156,7 +169,7 @@ def _values(
         "seed": options.seed,
         "epochs": None,
         "steps": steps,
-        "lr": options.lr or default_lr(options, start.model["backbone"]),
+        "lr": options.lr or default_lr(options, start.config.hidden_size),
         "max_atoms": int(max_atoms),
         "start": str(run / "start.pt"),
         "freeze": list(options.freeze),
@@ -165,7 +178,7 @@ def _values(
         "optim": {
             "weight_decay": 1e-3,
             "warmup_factor": 0.02,
-            "warmup_epochs": round(0.05 * steps / batches, 3),
+            "warmup_epochs": round(0.05 * steps / epoch, 3),
             "lr_min_factor": 0.01,
             "clip_grad_norm": 10,
             "ema_decay": 0.99,
@@ -182,12 +195,47 @@ def _values(
     }
 
 
-def default_lr(options: Options, backbone: dict[str, Any]) -> float:
+def steps_per_epoch(natoms: np.ndarray, max_atoms: int, options: Options) -> int:
+    """Steps that take all ranks together once over the training frames, in the sampler's batches.
+
+    Args:
+        natoms: Atoms of each frame.
+        max_atoms: Atoms per batch.
+        options: Of the run: its cluster, seed and settings count.
+
+    Raises:
+        UserError: Ranks or batches per step are no whole numbers.
+    """
+    from fairchem.core.datasets.samplers.max_atom_distributed_sampler import get_batches
+    from omegaconf import OmegaConf
+
+    group = files("escaip_fairchem") / "configs" / "cluster" / f"{options.cluster}.yaml"
+    given = OmegaConf.from_dotlist(list(options.settings))
+    config = OmegaConf.merge(OmegaConf.load(str(group)), {"accumulate": 1}, given)
+    scheduler, accumulate = config.job.scheduler, config.accumulate
+    counts = (scheduler.num_nodes, scheduler.ranks_per_node, accumulate)
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise UserError(
+            "num_nodes, ranks_per_node and accumulate must be whole numbers above 0, got "
+            f"{', '.join(map(str, counts))}"
+        )
+    order = np.random.default_rng(options.seed).permutation(len(natoms))
+    batches = len(get_batches(natoms[order], order, max_atoms, 0)[0])
+    batches_per_rank = math.ceil(batches / (scheduler.num_nodes * scheduler.ranks_per_node))
+    return math.ceil(batches_per_rank / accumulate)
+
+
+def run_name(run: Path) -> str:
+    """Hydra's override that names a run's folder; unquoted, 2026_11_21 would be a number."""
+    name = run.name.replace('"', r"\"")
+    return f'job.timestamp_id="{name}"'
+
+
+def default_lr(options: Options, width: int) -> float:
     """A learning rate by what is trained, lower for a wider model by the root of its width.
 
     Of width 64 the rates were compared, see docs/finetuning.md; the rest is a rule of thumb,
     which gives 5e-4 at the width of 1024.
     """
     rate = RATES["lora" if options.lora_rank else options.optimizer]
-    config = EScAIPConfig.from_kwargs(**{k: v for k, v in backbone.items() if k != "model"})
-    return float(f"{rate * (64 / config.hidden_size) ** 0.5:.1e}")
+    return float(f"{rate * (64 / width) ** 0.5:.1e}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from escaip_fairchem.train.finetune.energies import (
     sum_elements,
 )
 from escaip_fairchem.train.finetune.model import build_model
-from escaip_fairchem.train.finetune.recipe import Options, write_recipe
+from escaip_fairchem.train.finetune.recipe import Options, run_name, write_recipe
 from escaip_fairchem.train.finetune.start import Start, read_start
 from escaip_fairchem.train.parity import Parity, evaluate
 
@@ -189,7 +190,7 @@ def _say_unseen(start: Start, splits: tuple[Split, Split]) -> None:
         return ", ".join(chemical_symbols[z] for z in sorted(numbers))
 
     elements = splits[0].elements | splits[1].elements
-    limit = start.model["backbone"].get("max_num_elements", 100)
+    limit = start.config.max_num_elements
     beyond = {z for z in elements if z >= limit}
     if beyond:
         raise UserError(
@@ -237,8 +238,7 @@ def _predict(start: Start, split: Split, checkpoint: Path, limit: int) -> tuple[
         "train_eval_unit": {"tasks": start.tasks},
     }
     parity = evaluate(OmegaConf.create({"runner": runner}), checkpoint, limit)
-    chosen = np.linspace(0, len(split.numbers) - 1, len(parity.energy)).astype(int)
-    return parity, [split.numbers[index] for index in chosen]
+    return parity, np.split(parity.numbers, np.cumsum(parity.n_atoms)[:-1])
 
 
 def _compare(start: Start, split: Split, checkpoint: Path) -> Comparison:
@@ -272,10 +272,11 @@ def _run(out: Path) -> None:
     """Run the recipe by the command that can repeat it."""
     command = [
         str(Path(sys.executable).with_name("fairchem")),
-        *("-c", str(out / RECIPE), f"job.timestamp_id={out.name}"),
+        *("-c", str(out / RECIPE), run_name(out)),
     ]
     if subprocess.run(command, check=False).returncode:
+        again = shlex.join(["fairchem", *command[1:]])
         raise UserError(
-            f"the training failed, see above; after a correction of {RECIPE}, "
-            f"`fairchem -c {out / RECIPE} job.timestamp_id={out.name}` starts it again"
+            f"the training failed, see above; after a correction of {RECIPE}, `{again}` starts it "
+            "again"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +10,14 @@ import numpy as np
 import torch
 
 from escaip_fairchem.data.references import NUM_REFERENCES
+from escaip_fairchem.describe import find_checkpoint, load_safely, read_config
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.model import average_weights
-from escaip_fairchem.train.parity import newest_checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from escaip_fairchem.config import EScAIPConfig
 
 _PROPERTIES = ("energy", "forces", "stress")
 
@@ -32,6 +33,7 @@ class Start:
         references: Energies of elements that the model adds, eV, (120,).
         seen: Atomic numbers it was trained on, as far as its weights tell.
         checkpoint: fairchem's inference checkpoint, consistent with the above.
+        config: Configuration of the backbone, its preset filled in.
     """
 
     model: dict[str, Any]
@@ -40,6 +42,7 @@ class Start:
     references: np.ndarray
     seen: set[int]
     checkpoint: Any
+    config: EScAIPConfig
 
     @property
     def task(self) -> dict[str, dict[str, Any]]:
@@ -94,31 +97,16 @@ def read_start(path: Path, label: str | None = None) -> Start:
     other data sets is left out.
 
     Args:
-        path: Inference checkpoint of this package, or the folder of a run.
+        path: Inference checkpoint of this package, or the folder of a run (its newest is taken).
         label: The data set whose tasks to take, if the checkpoint knows several.
 
     Raises:
         UserError: No such checkpoint, another model's, or `label` is needed or unknown.
     """
-    if path.is_dir():
-        final = path / "checkpoints" / "final" / "inference_ckpt.pt"
-        path = final if final.is_file() else newest_checkpoint(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; give an inference_ckpt.pt or a run's folder")
-    # fairchem's own format: a pickled dataclass, so only for files that the user trusts
-    checkpoint = (
-        torch.load(path, map_location="cpu", weights_only=False)
-        if zipfile.is_zipfile(path)
-        else None
-    )
-    model = _plain(getattr(checkpoint, "model_config", None) or {})
-    if not str(model.get("backbone", {}).get("model", "")).startswith(
-        ("escaip_fairchem", "escaip")
-    ):
-        raise UserError(
-            f"{path} is no inference checkpoint of this package; for one of fairchem's built-in "
-            "EScAIP run `escaip import-checkpoint` first"
-        )
+    path = find_checkpoint(path)
+    checkpoint = load_safely(path)
+    model = _plain(checkpoint.model_config)
+    config = read_config(path, model["backbone"])
     if checkpoint.ema_state_dict is None:
         raise UserError(f"{path} has no averaged weights; train with ema_decay=0 or above")
     tasks, label = _tasks_of(_plain(list(checkpoint.tasks_config)), label, path)
@@ -127,7 +115,7 @@ def read_start(path: Path, label: str | None = None) -> Start:
     names = _rename(model, tasks)
     checkpoint.ema_state_dict = _renamed(checkpoint.ema_state_dict, names)
     references = _references(next(task for task in tasks if task["property"] == "energy"))
-    start = Start(model, tasks, label, references, seen, checkpoint)
+    start = Start(model, tasks, label, references, seen, checkpoint, config)
     start.set_references(references)
     start.seen |= set(np.flatnonzero(references).tolist())
     return start
