@@ -34,6 +34,7 @@ class Unit:
     """What the callbacks read of a training unit; its model is called as fairchem calls it."""
 
     def __init__(self) -> None:
+        self.accumulate = 1
         core = torch.nn.Identity()
         self.model = torch.nn.Module()
         self.model.module = core
