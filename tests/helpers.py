@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from ase.build import add_adsorbate, fcc111, molecule
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 
 from escaip_fairchem import EScAIP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: Sizes of the models in the tests.
 SMALL = {
@@ -42,6 +47,17 @@ def small_model(*, conservative: bool = False, dtype=torch.float64, **backbone) 
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn_like(weight))
     return model.to(dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, so that sums are always done in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_batch(*structures: Atoms, dtype=torch.float64) -> AtomicData:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from helpers import (
     gas,
     one_atom,
+    one_thread,
     predict,
     relative_error,
     slab,
@@ -67,15 +68,6 @@ def atomic_energies(tested: EScAIP):
     )
     yield terms
     hook.remove()
-
-
-@pytest.fixture
-def one_thread():
-    """Several threads split sums by the size of the batch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def check(got: dict, expected: dict, tolerance: float) -> None:
@@ -218,12 +210,13 @@ def test_tied_neighbours_make_preset_paper_depend_on_the_order():
 
 @both_precisions
 @all_models
-def test_batch_and_padding_independence(name, dtype, one_thread):
+def test_batch_and_padding_independence(name, dtype):
     """Alone or in a batch with larger neighbourhoods: the same to rounding."""
     tested = model(name, dtype)
-    with atomic_energies(tested) as terms:
-        together = predict(tested, *structures())
-    alone = [predict(tested, atoms) for atoms in structures()]
+    with one_thread():  # several split sums by the size of the batch
+        with atomic_energies(tested) as terms:
+            together = predict(tested, *structures())
+        alone = [predict(tested, atoms) for atoms in structures()]
     # random weights give atoms energies of both signs, which cancel in a structure's
     terms = np.split(terms[0], np.cumsum([len(atoms) for atoms in structures()])[:-1])
     scales = {"energy": max(np.abs(term).sum() for term in terms)}

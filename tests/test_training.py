@@ -54,10 +54,10 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small sample and a copy of the recipe."""
-    from escaip_fairchem.data.sample import make_oc20_sample
+    from escaip_fairchem.data.sample import make_sample
 
     folder = tmp_path_factory.mktemp("workplace")
-    make_oc20_sample(folder / "data" / "oc20" / "sample", n_frames=48)
+    make_sample("oc20", folder / "data" / "oc20" / "sample", n_frames=48)
     shutil.copy(RECIPE, folder / "recipe.yml")
     return folder
 

@@ -17,12 +17,13 @@ from fairchem.core.units.mlip_unit import mlip_unit
 from omegaconf import OmegaConf
 
 from data_helpers import stored
-from escaip_fairchem.data.sample import make_oc20_sample
+from escaip_fairchem.data.sample import make_sample
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.callbacks import read_metrics
 from escaip_fairchem.train.evaluation import within_threshold
 from escaip_fairchem.train.runner import TrainEvalRunner
 from escaip_fairchem.train.unit import TrainEvalUnit
+from helpers import one_thread
 from unit_parts import (
     Answers,
     batches,
@@ -102,11 +103,8 @@ def two(frames: Path) -> list[dict[Any, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with ranks(tmp_path_factory.mktemp("group")):
+    with one_thread(), ranks(tmp_path_factory.mktemp("group")):
         yield
-    torch.set_num_threads(threads)
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -392,7 +390,7 @@ def test_recipes_have_the_settings_and_they_are_off(recipe: Path) -> None:
 def test_resumed_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten batches by threes: every frame once an epoch, the last step with the one left over."""
     monkeypatch.setenv("ESCAIP_DATA", str(tmp_path / "data"))
-    make_oc20_sample(tmp_path / "data" / "oc20" / "sample", n_frames=12)
+    make_sample("oc20", tmp_path / "data" / "oc20" / "sample", n_frames=12)
     recipe = RECIPES / "oc20" / "escaip_2m.yml"
     config = get_hydra_config_from_yaml(
         str(recipe),

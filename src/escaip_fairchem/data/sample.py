@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -111,11 +111,6 @@ def make_sample(
         overwrite=overwrite,
     )
     return summary, maker.note
-
-
-def make_oc20_sample(out: Path | None = None, **options: Any) -> Summary:
-    """Write the sample of OC20's shape; see `make_sample`."""
-    return make_sample("oc20", out, **options)[0]
 
 
 def maker_of(domain: str) -> Maker:

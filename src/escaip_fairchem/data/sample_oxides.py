@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from escaip_fairchem.data.sample import Maker, trajectory
-from escaip_fairchem.data.sample_slabs import ADSORBATES, HEIGHT, METALS, VACUUM
+from escaip_fairchem.data.sample_slabs import METALS, VACUUM, add_adsorbate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,6 @@ def build_system(index: int, rng: np.random.Generator) -> Atoms:
     Returns:
         Unrelaxed structure, periodic in all directions, ``nads`` in its ``info``.
     """
-    from ase import Atoms
     from ase.build import bulk, surface
     from ase.data import atomic_numbers, reference_states
 
@@ -66,12 +65,6 @@ def build_system(index: int, rng: np.random.Generator) -> Atoms:
     metal_on_top = np.flatnonzero((slab.get_tags() == 1) & (slab.numbers != OXYGEN))
     slab.info = {"nads": 0}
     if index % CLEAN_SLABS:
-        adsorbate = list(ADSORBATES.values())[index % len(ADSORBATES)]
-        site = slab.positions[rng.choice(metal_on_top)] + [0.0, 0.0, HEIGHT]
-        slab += Atoms(
-            [symbol for symbol, _ in adsorbate],
-            positions=[site + [0.0, 0.0, above] for _, above in adsorbate],
-            tags=2,
-        )
+        add_adsorbate(slab, index, rng.choice(metal_on_top))
         slab.info = {"nads": 1}
     return slab

@@ -54,7 +54,7 @@ def build_system(index: int, rng: np.random.Generator) -> Atoms:
     Returns:
         Unrelaxed structure, periodic in all directions, 28 to 38 atoms.
     """
-    from ase import Atoms, build
+    from ase import build
     from ase.constraints import FixAtoms
     from ase.data import atomic_numbers, reference_states
 
@@ -70,14 +70,27 @@ def build_system(index: int, rng: np.random.Generator) -> Atoms:
     tags = np.zeros(len(slab), dtype=int)
     tags[surface] = 1
     slab.set_tags(tags)
+    add_adsorbate(slab, index, rng.choice(surface))
+    slab.set_constraint(FixAtoms(mask=slab.get_tags() == 0))
+    slab.pbc = True
+    slab.info = {}
+    return slab
+
+
+def add_adsorbate(slab: Atoms, index: int, below: int) -> None:
+    """Put an adsorbate onto a slab, in place, with tag 2.
+
+    Args:
+        slab: The slab.
+        index: Number of the system; adsorbates take turns.
+        below: The surface atom under it.
+    """
+    from ase import Atoms
+
     adsorbate = list(ADSORBATES.values())[index % len(ADSORBATES)]
-    site = slab.positions[rng.choice(surface)] + [0.0, 0.0, HEIGHT]
+    site = slab.positions[below] + [0.0, 0.0, HEIGHT]
     slab += Atoms(
         [symbol for symbol, _ in adsorbate],
         positions=[site + [0.0, 0.0, height] for _, height in adsorbate],
         tags=2,
     )
-    slab.set_constraint(FixAtoms(mask=slab.get_tags() == 0))
-    slab.pbc = True
-    slab.info = {}
-    return slab
