@@ -1,14 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/installed
 DATA := $(if $(ESCAIP_DATA),$(ESCAIP_DATA),data)
 DEMO := runs/demo
 
 .PHONY: demo test lint clean
 
 # Data, a training by the fairchem command, its figures, a relaxation from ASE.
-demo: $(STAMP)
+demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	test -d $(DATA)/oc20/sample || $(BIN)/escaip sample-data oc20
 	$(BIN)/fairchem -c configs/oc20/escaip_2m.yml cluster=cpu backbone=tiny dataset=sample \
@@ -17,10 +16,10 @@ demo: $(STAMP)
 	$(BIN)/escaip plot $(DEMO)
 	$(BIN)/python examples/relax_slab.py $(DEMO)/checkpoints/final/inference_ckpt.pt
 
-test: $(STAMP)
+test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-lint: $(STAMP)
+lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -28,7 +27,14 @@ clean:
 	rm -rf $(VENV) build dist
 
 # Installed again only when the dependencies may have changed.
-$(STAMP): pyproject.toml
+define install
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e "$(1)"
 	touch $@
+endef
+
+$(VENV)/installed: pyproject.toml
+	$(call install,.)
+
+$(VENV)/installed-test: pyproject.toml
+	$(call install,.[test])
