@@ -6,12 +6,13 @@ Shapes: N atoms, P candidate pairs, C candidates per atom, E edges (packed slots
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from escaip_fairchem.neighbors import Pairs, Structures, find_pairs, refuse_overlap
+from escaip_fairchem.neighbors import Pairs, Structures, find_pairs, in_blocks, refuse_overlap
 
 if TYPE_CHECKING:
     from escaip_fairchem.config import EScAIPConfig
@@ -133,7 +134,7 @@ def _soft_knn_graph(structures: Structures, config: EScAIPConfig) -> NeighborGra
     if config.smooth:
         ranks = _ranks(distances, distances, _smooth_step, scale)[:, 1:]
     else:
-        ranks = _sine_ranks(distances, scale)[:, 1:]
+        ranks = in_blocks(partial(_sine_ranks, scale=scale), distances)[:, 1:]
     near = (lists.distances <= config.cutoff) & (ranks < k)
     ranks = ranks.reshape(-1)
     places = near.view(-1).nonzero()[:, 0]
@@ -220,8 +221,12 @@ def _candidates(
     # one sort by receiver, then distance, of integers (several times faster on a CPU, and by
     # their size), which resolve a float32 beyond MIN_DISTANCE; ties keep the order of the search
     bits = 32 if both.dtype == torch.float32 else 40
-    steps = both.detach().double() * (2.0 ** (bits - 1) / (radius + SEARCH_MARGIN))
-    order = torch.sort((ends << bits) + steps.long(), stable=True).indices
+    scale = 2.0 ** (bits - 1) / (radius + SEARCH_MARGIN)
+
+    def keys(end: Tensor, length: Tensor) -> Tensor:
+        return (end << bits) + (length.double() * scale).long()
+
+    order = torch.sort(in_blocks(keys, ends, both.detach()), stable=True).indices
     columns = torch.arange(width, device=order.device)
     places = (counts.cumsum(0) - counts)[:, None] + columns
     candidate = order.index_select(0, places.clamp(max=len(order) - 1).view(-1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,14 @@ from torch import Tensor
 
 from escaip_fairchem.errors import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 #: Atoms closer than this cannot be meant, Angstrom.
 MIN_DISTANCE = 0.1
+
+#: Elements of the first tensor in a block of `in_blocks`.
+BLOCK = 2**17
 
 #: Wrapping starts at this fraction of a cell below 0, so that rounding does not send
 #: atoms at 0 to the other side.
@@ -54,33 +61,55 @@ class Pairs:
 
     def unordered(self) -> Pairs:
         """Each pair once, [P / 2]: of i -> j and j -> i the one with i < j; of images, one sign."""
-        return self.select(self._forward())
+        return self.select(_is_forward(self.senders, self.receivers, self.offsets))
 
     def turned(self) -> Pairs:
         """The ends of each pair as `unordered` would have them, exchanged where necessary."""
-        sign = torch.where(self._forward(), 1.0, -1.0).to(self.offsets.dtype)
         senders = torch.minimum(self.senders, self.receivers)
         receivers = torch.maximum(self.senders, self.receivers)
-        return Pairs(senders, receivers, self.offsets * sign[:, None])
 
-    def _forward(self) -> Tensor:
-        x, y, z = self.offsets.unbind(1)
-        sign = x + 1e-4 * y + 1e-8 * z  # that of the first non-zero
-        same = self.senders == self.receivers
-        return (self.senders < self.receivers) | (same & (sign > 0))
+        def turn(*pair: Tensor) -> Tensor:
+            return torch.where(_is_forward(*pair)[:, None], pair[2], -pair[2])
+
+        return Pairs(
+            senders, receivers, in_blocks(turn, self.senders, self.receivers, self.offsets)
+        )
 
     def vectors(self, structures: Structures) -> Tensor:
         """r_receiver - (r_sender + offset.cell), from neighbour to atom, Angstrom, [P, 3].
 
         Differentiable with respect to positions and cell.
         """
-        cell, positions = structures.cell, structures.positions
-        if len(cell) > 1:
-            system = structures.system_idx.index_select(0, self.receivers)
-            cell = cell.index_select(0, system)
-        shift = times_matrix(self.offsets, cell)
-        receivers = positions.index_select(0, self.receivers)
-        return receivers - (positions.index_select(0, self.senders) + shift)
+        positions = structures.positions
+
+        def vectors(senders: Tensor, receivers: Tensor, offsets: Tensor) -> Tensor:
+            cell = structures.cell
+            if len(cell) > 1:
+                cell = cell.index_select(0, structures.system_idx.index_select(0, receivers))
+            images = positions.index_select(0, senders) + times_matrix(offsets, cell)
+            return positions.index_select(0, receivers) - images
+
+        return in_blocks(vectors, self.senders, self.receivers, self.offsets)
+
+
+def _is_forward(senders: Tensor, receivers: Tensor, offsets: Tensor) -> Tensor:
+    """Whether a pair is the one of the two that `Pairs.unordered` takes."""
+    x, y, z = offsets.unbind(1)
+    sign = x + 1e-4 * y + 1e-8 * z  # that of the first non-zero
+    return (senders < receivers) | ((senders == receivers) & (sign > 0))
+
+
+def in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)`` of what belongs together row by row; on a CPU, block by block.
+
+    What it computes on the way then stays in cache, and needs no fresh pages of memory, which
+    take longer than the arithmetic once an array has tens of megabytes.
+    """
+    rows = max(1, BLOCK // max(1, tensors[0][:1].numel()))
+    if tensors[0].device.type != "cpu" or len(tensors[0]) <= rows:
+        return function(*tensors)
+    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
 
 
 def times_matrix(vectors: Tensor, matrices: Tensor) -> Tensor:
