@@ -159,8 +159,6 @@ def convert(
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"name {name!r}: use letters, digits, '.', '_' and '-' only (--name)")
     group = store.data_root() / "configs" / "dataset" / f"{name}.yaml"
-    if group.exists() and not overwrite and not chosen.unlabelled:  # before the work, not after
-        raise UserError(f"{group} exists; choose another --name or pass --overwrite")
     copies = () if chosen.unlabelled else (group,)
     summary = convert_files(
         inputs, out, label=label or name, overwrite=overwrite, copies=copies, **options
@@ -209,17 +207,22 @@ def convert_files(
         strict=chosen.strict,
     )
     fingerprint = plan.fingerprint
-    if out.exists() and not overwrite and not is_published(out, fingerprint):
-        raise UserError(f"{out} exists; choose another folder or pass --overwrite")
-    with _machine_errors(out), open_journal(out, fingerprint, overwrite) as journal:
-        if journal.published:  # all that is left is to remove the journal
-            return Summary.from_json(journal.read("summary"))
-        _read(plan, journal, chosen.workers)
-        summary = _publish(plan, journal, label, chosen)
+    if not overwrite and not is_published(out, fingerprint):  # before the work, not after it
+        if out.exists():
+            raise UserError(f"{out} exists; choose another folder or pass --overwrite")
         for copy in copies:
-            store.copy_file(journal.new / DATASET_FILE, copy)
-        journal.note("summary", summary.as_json())
-        journal.publish()
+            if copy.exists():
+                raise UserError(f"{copy} exists; choose another --name or pass --overwrite")
+    with _machine_errors(out), open_journal(out, fingerprint, overwrite) as journal:
+        if journal.published:  # all that was left is what follows
+            summary = Summary.from_json(journal.read("summary"))
+        else:
+            _read(plan, journal, chosen.workers)
+            summary = _publish(plan, journal, label, chosen)
+            journal.note("summary", summary.as_json())
+            journal.publish()
+        for copy in copies:
+            store.copy_file(out / DATASET_FILE, copy)
     return summary
 
 
@@ -327,6 +330,6 @@ def _machine_errors(out: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or "out of memory"
         raise Interrupted(
-            f"{reason} ({getattr(error, 'filename', None) or out}): make room and run the same "
-            "command again; it goes on where it stopped"
+            f"{reason} ({getattr(error, 'filename', None) or out}): mend that, and run the "
+            "same command again; it goes on where it stopped"
         ) from error

@@ -32,7 +32,14 @@ RECORDS_PER_CHUNK = 2_000
 BYTES_PER_CHUNK = 1 << 25
 BLOCK = 1 << 20  # bytes read at once for a checksum
 #: Errors of the machine, not of the data: the conversion stops and can go on later.
-SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENOMEM)
+SYSTEM_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENOMEM,
+)
 
 
 @dataclass
