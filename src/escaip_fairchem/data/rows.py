@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LABELS = ("energy", "forces", "stress", "magmom", "magmoms", "charges", "dipole")
 LEVEL = 3  # of zlib: 5% larger than the default level in under half the time
 PAGE = 4096  # bytes; a value takes whole pages
-TRANSACTION = 10_000  # rows
+TRANSACTION = 2_000  # rows; what LMDB holds in memory
 
 
 def encode_row(atoms: Atoms) -> bytes:
