@@ -243,6 +243,14 @@ def test_a_full_disk_loses_nothing(where, small, monkeypatch):
     assert convert([source], out)[0].n_train == 21
 
 
+def test_a_folder_that_cannot_be_made(small):
+    (small / "file").write_text("")
+    with pytest.raises(
+        UserError, match=r"\.out\.partial cannot be made \(Not a directory\); choose"
+    ):
+        convert([small / "in.traj"], small / "file" / "out")
+
+
 def test_a_file_size_limit_in_the_middle_of_a_shard(source, undisturbed, tmp_path):
     """The system refuses to write, as on a full disk, also inside LMDB."""
     out = tmp_path / "out"

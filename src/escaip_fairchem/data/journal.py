@@ -205,7 +205,12 @@ def _locked(journal: Journal) -> Iterator[None]:
 
 def _try_lock(journal: Journal) -> IO | None:
     """Lock the folder; None if the one before removed it at the same moment."""
-    journal.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        journal.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{journal.folder} cannot be made ({error.strerror}); choose another OUT"
+        ) from error
     try:
         lock = (journal.folder / "lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,6 +33,9 @@ BYTES_PER_CHUNK = 1 << 25
 BLOCK = 1 << 20  # bytes read at once for a checksum
 #: Errors of the machine, not of the data: the conversion stops and can go on later.
 SYSTEM_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
