@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +52,10 @@ class LegacyLmdb(Format):
                 "label_initial=true needs structure=initial: the forces of relaxed structures are "
                 "not published"
             )
+
+        references = self.options["oc20_references"]
+        if references and not Path(references).is_file():
+            raise UserError(f"oc20_references={references} is no file; give oc20_ref.pkl of OC22")
 
     @classmethod
     def claims(cls, path: Path) -> bool:
@@ -225,12 +228,9 @@ def read_references(path: str) -> dict[str, float]:
     """Read reference energies, eV, by ``random<sid>``.
 
     Raises:
-        UserError: If the file is missing or holds something else.
+        UserError: If the file holds something else.
     """
-    try:
-        references = loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"oc20_references={path}: {os.strerror(error.errno)}") from None
+    references = loads(Path(path).read_bytes())
     if not isinstance(references, dict):
         raise UserError(f"oc20_references={path} holds no table; give oc20_ref.pkl of OC22")
     return references

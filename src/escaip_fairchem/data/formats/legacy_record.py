@@ -32,12 +32,12 @@ def structures_of(stored: Any) -> list[dict[str, Any]]:
         return [fields for item in stored for fields in structures_of(item)]
     if not isinstance(stored, Fields):
         raise UserError(f"a {type(stored).__name__} is stored where a structure is expected")
-    fields = stored.state
-    if isinstance(fields.get("_store"), Fields):  # torch_geometric 2; in 1, fields are attributes
-        store = fields["_store"].state
-        fields = store.get("_mapping", store)
+    holder = stored.state
+    if isinstance(holder.get("_store"), Fields):  # torch_geometric 2
+        holder = holder["_store"].state
+    fields = holder.get("_mapping", holder)  # in torch_geometric 1, fields are attributes
     named = {NAMES.get(key, key): value for key, value in fields.items() if value is not None}
-    slices = stored.state.get("_slice_dict") or stored.state.get("__slices__")
+    slices = holder.get("_slice_dict") or holder.get("__slices__")
     return _parts_of_batch(named, slices) if slices else [named]
 
 
