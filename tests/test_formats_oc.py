@@ -378,6 +378,9 @@ def test_oc20_references(tmp_path):
     got = built(LegacyLmdb(oc20_references=str(table)), tmp_path / "data")
     expected = [oc20.calc.results["energy"] + reference, oc22.calc.results["energy"]]
     assert [atoms.get_potential_energy() for atoms in got] == pytest.approx(expected, rel=1e-15)
+    config = {"src": str(tmp_path / "data"), "oc20_references": str(table)}
+    atoms = LegacyLmdbDataset(config).get_atoms(0)
+    assert atoms.get_potential_energy() == pytest.approx(expected[0], rel=1e-15)
     table.write_bytes(pickle.dumps({"random7": 1.0}, protocol=2))
     other = tmp_path / "other.pkl"
     table.rename(other)
