@@ -18,6 +18,7 @@ _PUBLIC = {
     "DirectForceHead": "heads",
     "DirectStressHead": "heads",
     "ConservativeHead": "heads",
+    "LegacyLmdbDataset": "data.legacy_dataset",
     "calculator": "inference",
     "UserError": "errors",
 }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 DATABASE_SUFFIXES = (".aselmdb", ".db")
+LEGACY_SUFFIX = ".lmdb"  # of fairchem 1
 STRESS_PROBES = 100  # structures looked at to tell whether a data set has stress
 # Of fairchem's ``create_dataset``, those that make sense for one split of one data set.
 OPTIONS = ("first_n", "max_atoms", "metadata_path", "no_shuffle", "sample_n", "seed", "subset_to")
@@ -66,6 +67,9 @@ class SpawnSafeAseDBDataset(AseDBDataset):
         self.dbs = [self.connect_db(name, arguments) for name in state["dbs"]]
 
 
+ASE_FORMAT = f"{__name__}.{SpawnSafeAseDBDataset.__name__}"
+
+
 def create_dataset(
     name: str, split: str, src: str | Sequence[str], *, stress: bool = False, **options: Any
 ) -> ConcatDataset:
@@ -77,8 +81,8 @@ def create_dataset(
     Args:
         name: fairchem's label of the data set, as in the tasks' ``datasets``.
         split: Name of the split, such as ``train``.
-        src: Folder or file in ASE-LMDB format, or several. A relative path is looked for in the
-            data root (``$ESCAIP_DATA``), then in the working directory.
+        src: Folder or file in ASE-LMDB format, or LMDB of fairchem 1, or several. A relative path
+            is looked for in the data root (``$ESCAIP_DATA``), then in the working directory.
         stress: Whether to load stress; infinite where a structure has none.
         **options: ``first_n``, ``max_atoms``, ``metadata_path``, ``no_shuffle``, ``sample_n``,
             ``seed`` or ``subset_to`` of fairchem's ``create_dataset``.
@@ -99,7 +103,7 @@ def create_dataset(
         transforms["stress_reshape_transform"] = {"dataset_name": name}
     config = {
         "splits": {split: {"src": paths}},
-        "format": f"{__name__}.{SpawnSafeAseDBDataset.__name__}",
+        "format": _format_of(f"data set {name}, split {split}", paths),
         "a2g_args": {
             "r_energy": True,
             "r_forces": True,
@@ -127,13 +131,29 @@ def _require_stress(dataset: ConcatDataset, what: str) -> None:
         )
 
 
+def _format_of(what: str, paths: Sequence[str]) -> str:
+    """Name the class that reads the files."""
+    legacy = [_has_suffix(Path(path), (LEGACY_SUFFIX,)) for path in paths]
+    if any(legacy) and not all(legacy):
+        raise UserError(
+            f"{what}: {paths[legacy.index(True)]} is LMDB of fairchem 1, other paths are not; "
+            "convert it (escaip convert), or make it a split of its own"
+        )
+    return "escaip_fairchem.LegacyLmdbDataset" if any(legacy) else ASE_FORMAT
+
+
+def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file, or one of a folder's, has one of the suffixes."""
+    return any(file.suffix in suffixes for file in (path.iterdir() if path.is_dir() else [path]))
+
+
 def _find_data(name: str, split: str, path: Path) -> Path:
     """Resolve ``path`` to a database file or a folder that holds one, or raise."""
     candidates = [data_root() / path, path]  # the first is ``path`` itself if that is absolute
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-        if candidate.is_dir() and any(f.suffix in DATABASE_SUFFIXES for f in candidate.iterdir()):
+        if candidate.is_dir() and _has_suffix(candidate, (*DATABASE_SUFFIXES, LEGACY_SUFFIX)):
             return candidate
     looked_for = candidates[0].resolve()
     state = "holds no .aselmdb file" if looked_for.is_dir() else "does not exist"
