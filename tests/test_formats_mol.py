@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import shutil
 
 import h5py
@@ -20,9 +21,11 @@ from ase.units import Bohr, Hartree, kcal, mol
 from data_helpers import labelled_atoms, stored
 from escaip_fairchem.data import store
 from escaip_fairchem.data.formats import json_frames, mptrj_json, npz, spice_hdf5
+from escaip_fairchem.data.formats.md_units import work_slope
 from escaip_fairchem.data.formats.mptrj_json import MptrjJson
-from escaip_fairchem.data.formats.npz import Npz, work_slope
-from escaip_fairchem.data.formats.spice_hdf5 import SpiceHdf5, formal_charge
+from escaip_fairchem.data.formats.npz import Npz
+from escaip_fairchem.data.formats.spice_hdf5 import SpiceHdf5
+from escaip_fairchem.data.formats.spice_molecules import formal_charge
 from escaip_fairchem.data.formats.vasp import VaspFolders
 from escaip_fairchem.errors import UserError
 from mol_files import (
@@ -39,10 +42,12 @@ TIGHT = {"rtol": 1e-12, "atol": 1e-15}
 
 
 def records(format_, path):
-    """All records of an input with their structures, part by part."""
+    """All records of an input with their structures, part by part as workers read them."""
     assert type(format_).claims(path)
-    parts = format_.parts([path])
-    return [(record, record.build()) for part in parts for record in format_.read(part)]
+    parts = pickle.loads(pickle.dumps(format_.parts([path])))
+    workers = [type(format_)(**format_.options) for _ in parts]
+    found = [list(worker.read(part)) for worker, part in zip(workers, parts, strict=True)]
+    return [(record, record.build()) for some in found for record in some]
 
 
 def structures(format_, path):
@@ -438,7 +443,7 @@ def test_npz_in_ev_is_read_as_such_and_the_files_own_unit_counts(aspirin, tmp_pa
         "F": np.array([atoms.get_forces() for atoms in aspirin]),
     }
     write_md22(path, aspirin, **in_ev, e_unit="eV")
-    with pytest.raises(UserError, match="the file says eV, not in kcal; pass --set units=ev"):
+    with pytest.raises(UserError, match="the file says eV, not kcal; pass --set units=ev"):
         Npz().parts([path])
     for atoms, expected in zip(structures(Npz(units="ev"), path), aspirin, strict=True):
         assert_same_labels(atoms, expected)

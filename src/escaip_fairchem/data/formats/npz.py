@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from escaip_fairchem.data.formats.base import Card, Format, Part, Record
+from escaip_fairchem.data.formats.md_units import ENERGY_UNITS, check_units, in_ev
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,15 +31,6 @@ LAYOUTS = {  # numbers, positions, energies, forces
     "rMD17": ("nuclear_charges", "coords", "energies", "forces"),
     "MD17 or MD22": ("z", "R", "E", "F"),
 }
-ENERGY_UNITS = ("kcal", "kj", "ev", "hartree")
-# Energy of all electrons over the Thomas-Fermi estimate; 0.65 for hydrogen, 0.77 for oxygen.
-THOMAS_FERMI = 0.7687  # hartree, times Z^(7/3)
-ALL_ELECTRON_RANGE = (0.5, 1.0)
-# dE over -F.dx: 0.85 to 1.09 on DFT samples of ten molecules where the two correlate so well, which
-# frames far apart do not. The closest units, A and Bohr, differ by 1.89.
-SLOPE_RANGE = (0.65, 1.5)
-MIN_CORRELATION = 0.9
-CLOSEST_PAIRS = 20
 
 
 class Npz(Format):
@@ -128,7 +120,7 @@ class _Frames:
         layout = _layout(path)
         self._path = path
         self._keys = LAYOUTS[layout]
-        self._unit = _in_ev(units)
+        self._unit = in_ev(units)
         self._units = units
         with np.load(path) as archive:  # reads only the arrays that are asked for
             self.numbers = archive[self._keys[0]].astype(int)
@@ -140,7 +132,7 @@ class _Frames:
             self._has_old = "old_indices" in archive.files
         self.molecule = texts.get("name", path.stem)
         self.theory = texts.get("theory", "PBE/def2-SVP, Orca" if layout == "rMD17" else "not said")
-        self._said = texts
+        self._texts = texts
         self.count = self._shape(self._keys[1])[0]
 
     def build(
@@ -178,39 +170,18 @@ class _Frames:
         """Compare the unit with what the file and physics say.
 
         Raises:
-            UserError: Naming the unit that would fit, if there is one.
+            UserError: If they contradict it.
         """
-        said = self._said.get("e_unit", "").lower().removesuffix("/mol")
-        if said in ENERGY_UNITS and said != self._units:
-            self._refuse(f"the file says {self._said['e_unit']}", said)
-        if self._said.get("r_unit", "ang").lower() not in ("ang", "angstrom", "a"):
-            raise UserError(
-                f"{self._path}: positions are in {self._said['r_unit']}; give them in A"
-            )
         rows = list(self.rows(0, min(CHECKED, self.count)))
         if not rows:
             return
         columns = list(zip(*rows, strict=True))[1:4]
         positions, energies, forces = (np.array(column, dtype=float) for column in columns)
-        self._check_total(np.median(energies))
-        slope, correlation = work_slope(positions, energies.ravel(), forces)
-        low, high = SLOPE_RANGE
-        if abs(correlation) > MIN_CORRELATION and not low < slope < high:
-            raise UserError(
-                f"{self._path}: energies change by {slope:.3g} times the work of the forces along "
-                "the trajectory; energies and forces are in different units, or of opposite sign"
-            )
-
-    def _check_total(self, energy: float) -> None:
-        """Compare a total energy with an estimate; energies relative to others tell nothing."""
-        estimate = -THOMAS_FERMI * np.sum(self.numbers ** (7 / 3)) * _in_ev("hartree")
-        for unit in ENERGY_UNITS:
-            low, high = ALL_ELECTRON_RANGE
-            if low < energy * _in_ev(unit) / estimate < high and unit != self._units:
-                self._refuse(f"{energy:.8g} is the total energy of this molecule in {unit}", unit)
-
-    def _refuse(self, reason: str, unit: str) -> None:
-        raise UserError(f"{self._path}: {reason}, not in {self._units}; pass --set units={unit}")
+        try:
+            said = self._texts.get("r_unit", "Ang"), self._texts.get("e_unit")
+            check_units(self._units, said, self.numbers, positions, energies.ravel(), forces)
+        except UserError as error:
+            raise UserError(f"{self._path}: {error}") from error
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """Shape of an array, from its header."""
@@ -246,47 +217,3 @@ class _Rows:
         if len(data) != count * self.row_bytes:
             raise UserError(f"{self._member.name} is cut off; download the archive again")
         return np.frombuffer(data, self._dtype).reshape(count, *self.shape[1:])
-
-
-def _in_ev(unit: str) -> float:
-    """An energy unit in eV."""
-    from ase import units
-
-    mol = units.mol
-    return {
-        "kcal": units.kcal / mol,
-        "kj": units.kJ / mol,
-        "ev": 1.0,
-        "hartree": units.Hartree,
-    }[unit]
-
-
-def work_slope(
-    positions: np.ndarray, energies: np.ndarray, forces: np.ndarray
-) -> tuple[float, float]:
-    """How energies change per work of the forces, over the closest pairs of frames.
-
-    The work along a straight line is taken from the mean of the forces at its ends, which is exact
-    for a quadratic potential.
-
-    Args:
-        positions: (M, N, 3).
-        energies: (M,).
-        forces: (M, N, 3).
-
-    Returns:
-        Least-squares slope of dE over -F.dx, 1 if the units fit together, and the correlation of
-        the two, 0 if there is nothing to tell.
-    """
-    flat = positions.reshape(len(positions), -1)
-    distances = np.linalg.norm(flat[:, None] - flat[None], axis=-1)
-    np.fill_diagonal(distances, np.inf)
-    first = np.argsort(distances.min(axis=1))[:CLOSEST_PAIRS]
-    second = distances.argmin(axis=1)[first]
-    mean_force = (forces[first] + forces[second]) / 2
-    work = -np.einsum("mij,mij->m", mean_force, positions[second] - positions[first])
-    change = energies[second] - energies[first]
-    if not (work.any() and change.any()):
-        return 1.0, 0.0
-    product = work @ change
-    return product / (work @ work), product / np.sqrt((work @ work) * (change @ change))

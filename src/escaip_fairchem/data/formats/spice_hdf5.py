@@ -6,13 +6,12 @@ Published by Eastman et al. (Scientific Data 10, 11, 2023; SPICE 2: J. Chem. The
 
 from __future__ import annotations
 
-import re
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from escaip_fairchem.data.formats.base import Card, Format, Part, Record
+from escaip_fairchem.data.formats.spice_molecules import ENERGIES, open_molecule
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,31 +19,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import h5py
-    from ase import Atoms
 
 PART_RECORDS = 20_000
-ENERGIES = {"total": "dft_total_energy", "formation": "formation_energy"}
-PUBLISHED_UNITS = {
-    "conformations": "bohr",
-    "dft_total_energy": "hartree",
-    "formation_energy": "hartree",
-    "dft_total_gradient": "hartree/bohr",
-}
-# Short names, by the first text that the published one contains; as MACE-OFF has them.
-SUBSETS = {
-    "Solvated PubChem": "Solvated PubChem",
-    "PubChem Boron Silicon": "PubChem Boron Silicon",
-    "PubChem": "PubChem",
-    "DES Monomers": "DES370K Monomers",
-    "DES370K": "DES370K Dimers",
-    "Dipeptides": "Dipeptides",
-    "Solvated Amino Acids": "Solvated Amino Acids",
-    "Amino Acid Ligand": "Amino Acid Ligand",
-    "Water Clusters": "Water Clusters",
-    "Ion Pairs": "Ion Pairs",
-}
-FORMAL_CHARGE = re.compile(r"\[[^\]]*?([+-]+)(\d*)(?::\d+)?\]")
-MBIS_TOLERANCE = 0.5  # e; partial charges add up to the molecule's, but for numerical noise
+
+
+@dataclass(frozen=True)
+class Molecules(Part):
+    """A range of groups of a file.
+
+    Attributes:
+        names: Names of the groups.
+        counts: Number of structures in each.
+    """
+
+    names: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
 
 
 class SpiceHdf5(Format):
@@ -73,7 +62,6 @@ class SpiceHdf5(Format):
         super().__init__(**options)
         if self.options["energy"] not in ENERGIES:
             raise UserError(f"energy={self.options['energy']}: SPICE has {' and '.join(ENERGIES)}")
-        self._ends: dict[Path, tuple[list[str], np.ndarray]] = {}
 
     @classmethod
     def claims(cls, path: Path) -> bool:
@@ -93,38 +81,19 @@ class SpiceHdf5(Format):
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Ranges of whole molecules, about 20,000 conformations each."""
-        parts = []
-        for path in paths:
-            _, ends = self._index(path)
-            total = int(ends[-1]) if len(ends) else 0
-            cuts = np.arange(PART_RECORDS, total, PART_RECORDS)
-            starts = [0, *np.unique(ends[np.searchsorted(ends, cuts)]).tolist()]
-            starts = [start for start in starts if start < total]
-            stops = [*starts[1:], total]
-            parts += [Part((path,), a, b) for a, b in zip(starts, stops, strict=True)]
-        return parts
+        return [part for path in paths for part in _split(path)]
 
-    def read(self, part: Part) -> Iterator[Record]:
+    def read(self, part: Molecules) -> Iterator[Record]:
         """Go through the conformations of a range, molecule by molecule."""
-        (path,) = part.paths
-        names, ends = self._index(path)
-        first = int(np.searchsorted(ends, part.start, side="right"))
-        file = _open(path)  # closed when the last record that refers to it is gone
+        file = _open(part.paths[0])  # closed when the last record that refers to it is gone
         index = part.start
-        stop = ends[-1] if part.stop is None else part.stop
-        for name, end in zip(names[first:], ends[first:].tolist(), strict=True):
-            if index >= stop:
-                break
-            molecule = _molecule(file, name, self.options["energy"])
-            for conformation in range(end - index):
-                fid = molecule.fid + conformation
-                yield Record(
-                    index=index + conformation,
-                    build=partial(molecule.build, conformation),
-                    name=f"{molecule.sid}/{fid}",
-                    id=f"{molecule.sid}/{fid}",
-                )
-            index = end
+        for name, count in zip(part.names, part.counts, strict=True):
+            molecule = open_molecule(file, name, self.options["energy"])
+            for conformation in range(count):
+                full_name = f"{molecule.sid}/{molecule.first + conformation}"
+                build = partial(molecule.build, conformation)
+                yield Record(index + conformation, build, full_name, full_name)
+            index += count
 
     def card(self, paths: Sequence[Path]) -> Card:
         """Say what the energy is and what was converted."""
@@ -146,15 +115,6 @@ class SpiceHdf5(Format):
             ),
         )
 
-    def _index(self, path: Path) -> tuple[list[str], np.ndarray]:
-        """Names of the groups, and the number of records up to the end of each; read once."""
-        if path not in self._ends:
-            with _open(path) as file:
-                names = list(file)
-                counts = [_count(file[name]) for name in names]
-            self._ends[path] = names, np.cumsum(counts, dtype=np.int64)
-        return self._ends[path]
-
 
 def _open(path: Path) -> h5py.File:
     """Open without a lock, which some shared file systems refuse."""
@@ -165,153 +125,22 @@ def _open(path: Path) -> h5py.File:
     return h5py.File(path, "r", locking=False)
 
 
+def _split(path: Path) -> Iterator[Molecules]:
+    """Share out the groups of a file."""
+    with _open(path) as file:
+        counts = {name: _count(file[name]) for name in file}
+    start = stop = 0
+    names: list[str] = []
+    for name, count in counts.items():
+        names.append(name)
+        stop += count
+        if stop - start >= PART_RECORDS:
+            yield Molecules((path,), start, stop, tuple(names), tuple(map(counts.get, names)))
+            start, names = stop, []
+    if names:
+        yield Molecules((path,), start, stop, tuple(names), tuple(map(counts.get, names)))
+
+
 def _count(group: h5py.Group) -> int:
     """Number of structures in a group."""
     return len(group["conformations"]) if "conformations" in group else 1
-
-
-def _molecule(file: h5py.File, name: str, energy: str) -> _Molecule | _SingleFrame:
-    """Choose by the layout of a group."""
-    layout = _Molecule if "conformations" in file[name] else _SingleFrame
-    return layout(file, name, energy)
-
-
-class _Molecule:
-    """A group of SPICE as published; its arrays are read at the first use, once.
-
-    Args:
-        file: The HDF5 file.
-        name: Name of the group.
-        energy: Kind of the energy.
-    """
-
-    fid = 0  # of the first conformation
-
-    def __init__(self, file: h5py.File, name: str, energy: str) -> None:
-        self._file = file  # a group alone does not keep it open
-        self._group = file[name]
-        self._energy_key = ENERGIES[energy]
-        self.sid = name
-
-    def build(self, conformation: int) -> Atoms:
-        """Decode a conformation."""
-        from ase import Atoms
-        from ase.calculators.singlepoint import SinglePointCalculator
-
-        self._check_charge(conformation)
-        atoms = Atoms(self._numbers, positions=self._positions[conformation])
-        atoms.calc = SinglePointCalculator(
-            atoms,
-            energy=float(self._energies[conformation]),
-            forces=-self._gradients[conformation],
-        )
-        label = self._text("subset")
-        atoms.info = {"sid": self.sid, "fid": conformation, "charge": self._charge, "spin": 1}
-        atoms.info["smiles"] = self._text("smiles")
-        atoms.info["subset"] = next((s for key, s in SUBSETS.items() if key in label), label)
-        return atoms
-
-    @cached_property
-    def _numbers(self) -> np.ndarray:
-        return self._group["atomic_numbers"][()]
-
-    @cached_property
-    def _positions(self) -> np.ndarray:
-        return self._converted("conformations")
-
-    @cached_property
-    def _energies(self) -> np.ndarray:
-        return self._converted(self._energy_key)
-
-    @cached_property
-    def _gradients(self) -> np.ndarray:
-        return self._converted("dft_total_gradient")
-
-    @cached_property
-    def _charge(self) -> int:
-        return formal_charge(self._text("smiles"))
-
-    @cached_property
-    def _mbis_sums(self) -> np.ndarray | None:
-        if "mbis_charges" not in self._group:
-            return None
-        charges = self._group["mbis_charges"][()].astype(float)
-        return charges.reshape(len(charges), -1).sum(axis=1)
-
-    def _text(self, key: str) -> str:
-        """A text that is stored in a list of one."""
-        value = np.ravel(self._group[key][()])[0]
-        return value.decode() if isinstance(value, bytes) else str(value)
-
-    def _converted(self, key: str) -> np.ndarray:
-        """Read a quantity in eV and A, float64."""
-        from ase.units import Bohr, Hartree
-
-        factors = {"bohr": Bohr, "hartree": Hartree, "hartree/bohr": Hartree / Bohr}
-        factors |= {"angstrom": 1.0, "ev": 1.0, "ev/angstrom": 1.0}
-        if key not in self._group:
-            raise UserError(f"the molecule has no {key}")
-        data = self._group[key]
-        unit = data.attrs.get("units", PUBLISHED_UNITS[key])
-        unit = unit.decode() if isinstance(unit, bytes) else str(unit)
-        # A gradient cannot be in a unit of energy, nor the other way round.
-        if unit.lower() not in factors or ("/" in unit) != ("/" in PUBLISHED_UNITS[key]):
-            raise UserError(f"{key} is in {unit!r}; SPICE gives {PUBLISHED_UNITS[key]}")
-        return data[()].astype(np.float64) * factors[unit.lower()]
-
-    def _check_charge(self, conformation: int) -> None:
-        """Refuse a charge that contradicts the electrons."""
-        if (int(self._numbers.sum()) - self._charge) % 2:
-            raise UserError(
-                f"charge {self._charge:+d} by SMILES leaves an odd number of electrons, "
-                "but SPICE has singlets only"
-            )
-        sums = self._mbis_sums
-        if sums is not None and abs(sums[conformation] - self._charge) > MBIS_TOLERANCE:
-            raise UserError(
-                f"the MBIS charges add up to {sums[conformation]:+.2f} e, but the formal charges "
-                f"of the SMILES to {self._charge:+d}"
-            )
-
-
-class _SingleFrame:
-    """A group that holds one structure, in eV and A; the end of its name counts conformations."""
-
-    def __init__(self, file: h5py.File, name: str, energy: str) -> None:
-        self._file = file
-        self._group = file[name]
-        self._energy = energy
-        found = re.fullmatch(r"(.+)_(\d+)", name)
-        self.sid = found.group(1) if found else name
-        self.fid = int(found.group(2)) if found else 0
-
-    def build(self, conformation: int) -> Atoms:
-        """Decode the structure."""
-        from ase import Atoms
-        from ase.calculators.singlepoint import SinglePointCalculator
-
-        if self._energy != "total":
-            raise UserError(f"the file has no {self._energy} energy; choose energy=total")
-        group = self._group
-        atoms = Atoms(group["elements"][()], positions=group["positions"][()])
-        atoms.calc = SinglePointCalculator(
-            atoms, energy=float(group.attrs["energy"]), forces=group["forces"][()]
-        )
-        charge = round(float(group.attrs.get("charge", 0)))
-        atoms.info = {"sid": self.sid, "fid": self.fid, "charge": charge, "spin": 1}
-        return atoms
-
-
-def formal_charge(smiles: str) -> int:
-    """Sum of the formal charges of a SMILES.
-
-    Args:
-        smiles: Any SMILES, with atom maps or without.
-
-    Returns:
-        The charge of the molecule, e.
-    """
-    return sum(
-        int(f"{sign[0]}{digits}") if digits else (1 if sign[0] == "+" else -1) * len(sign)
-        for sign, digits in FORMAL_CHARGE.findall(smiles)
-    )

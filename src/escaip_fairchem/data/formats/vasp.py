@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,17 @@ OUTPUTS = {
 }
 ENERGIES = {"e_0_energy": "energy", "e_fr_energy": "free_energy"}
 LABELS = ("forces", "stress", "magmoms")
+
+
+@dataclass(frozen=True)
+class Calculation(Part):
+    """The output files of a calculation, the one to read first.
+
+    Attributes:
+        root: The input that they were found in.
+    """
+
+    root: Path = Path()
 
 
 class VaspFolders(Format):
@@ -49,7 +61,6 @@ class VaspFolders(Format):
         super().__init__(**options)
         if self.options["energy"] not in ENERGIES:
             raise UserError(f"energy={self.options['energy']}: choose of {', '.join(ENERGIES)}")
-        self._roots: dict[Path, Path] = {}
 
     @classmethod
     def claims(cls, path: Path) -> bool:
@@ -58,22 +69,16 @@ class VaspFolders(Format):
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """One part per calculation."""
-        parts = []
-        for root in paths:
-            for files in _calculations(root):
-                self._roots[files[0]] = root
-                parts.append(Part(files))
-        return parts
+        return [Calculation(files, root=root) for root in paths for files in _calculations(root)]
 
-    def read(self, part: Part) -> Iterator[Record]:
+    def read(self, part: Calculation) -> Iterator[Record]:
         """Go through the ionic steps of a calculation.
 
         Raises:
             UserError: If none is whole.
         """
         folder = part.paths[0].parent
-        root = self._roots.get(part.paths[0], folder.parent)
-        sid = folder.relative_to(root).as_posix()
+        sid = folder.relative_to(part.root).as_posix()
         sid = folder.resolve().name if sid == "." else sid
         for step, atoms in enumerate(_steps(part.paths)):
             build = partial(_reduced, atoms, sid, step, ENERGIES[self.options["energy"]])
