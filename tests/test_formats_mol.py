@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import pickle
 import shutil
@@ -121,6 +122,36 @@ def test_mptrj_gives_the_labels_of_the_genuine_frames(
         assert (atoms.info["sid"], atoms.info["fid"]) == (mp, name)
         assert atoms.info["corrected_total_energy"] == corrected
         assert "bandgap" not in atoms.info  # null
+
+
+def test_mptrj_forces_and_stress_are_the_slope_of_the_energy(materials, tmp_path):
+    """Between frames of a relaxation with its cell: dE = -F.dx + V stress:strain."""
+    path = tmp_path / "m.json"
+    write_mptrj(path, [f for f in mptrj_frames(materials) if f[1].startswith("mp-1028232")])
+    frames = structures(MptrjJson(), path)
+    assert len(frames) == 6
+    rows = []
+    for first, second in itertools.combinations(frames, 2):
+        cell = (first.cell.array + second.cell.array) / 2
+        strain = np.linalg.solve(first.cell.array, second.cell.array) - np.eye(3)
+        step = np.diff([a.get_scaled_positions(wrap=False) for a in (first, second)], axis=0)[0]
+        forces = (first.get_forces() + second.get_forces()) / 2
+        stress = (first.get_stress(voigt=False) + second.get_stress(voigt=False)) / 2
+        rows.append(
+            (
+                -np.sum(forces * ((step - step.round()) @ cell)),
+                first.get_volume() * np.sum(stress * (strain + strain.T) / 2),
+                second.get_potential_energy() - first.get_potential_energy(),
+            )
+        )
+    work, strain_energy, change = np.array(rows).T
+
+    def unexplained(predicted):
+        return np.linalg.norm(change - predicted) / np.linalg.norm(change)
+
+    assert unexplained(work + strain_energy) < 0.2
+    assert unexplained(work - strain_energy) > 0.8
+    assert unexplained(work) > 0.4
 
 
 def test_mptrj_corrected_energies_and_gzip(materials, tmp_path):
