@@ -23,7 +23,7 @@ from data_helpers import labelled_atoms, stored
 from escaip_fairchem.data import store
 from escaip_fairchem.data.formats import json_frames, mptrj_json, npz, spice_hdf5
 from escaip_fairchem.data.formats.md_units import work_slope
-from escaip_fairchem.data.formats.mptrj_json import MptrjJson
+from escaip_fairchem.data.formats.mptrj_json import MPtrjJson
 from escaip_fairchem.data.formats.npz import Npz
 from escaip_fairchem.data.formats.spice_hdf5 import SpiceHdf5
 from escaip_fairchem.data.formats.spice_molecules import formal_charge
@@ -102,8 +102,8 @@ def test_mptrj_gives_the_labels_of_the_genuine_frames(
     monkeypatch.setattr(json_frames, "CHUNK", 5_000)  # frames span several chunks
     path = tmp_path / "MPtrj_2022.9_full.json"
     write_mptrj(path, mptrj_frames(materials), **style)
-    assert len(MptrjJson().parts([path])) == n_parts
-    found = records(MptrjJson(), path)
+    assert len(MPtrjJson().parts([path])) == n_parts
+    found = records(MPtrjJson(), path)
     assert [record.id for record, _ in found] == [name for _, name, _, _ in materials]
     offsets = [record.index for record, _ in found]
     text = path.read_bytes()
@@ -128,7 +128,7 @@ def test_mptrj_forces_and_stress_are_the_slope_of_the_energy(materials, tmp_path
     """Between frames of a relaxation with its cell: dE = -F.dx + V stress:strain."""
     path = tmp_path / "m.json"
     write_mptrj(path, [f for f in mptrj_frames(materials) if f[1].startswith("mp-1028232")])
-    frames = structures(MptrjJson(), path)
+    frames = structures(MPtrjJson(), path)
     assert len(frames) == 6
     rows = []
     for first, second in itertools.combinations(frames, 2):
@@ -159,18 +159,18 @@ def test_mptrj_corrected_energies_and_gzip(materials, tmp_path):
     write_mptrj(plain, mptrj_frames(materials))
     path = tmp_path / "m.json.gz"
     path.write_bytes(gzip.compress(plain.read_bytes()))
-    found = structures(MptrjJson(energy="corrected"), path)
+    found = structures(MPtrjJson(energy="corrected"), path)
     assert [atoms.get_potential_energy() for atoms in found] == [m[3] for m in materials]
-    assert "MP2020" in MptrjJson(energy="corrected").card([path]).energy
+    assert "MP2020" in MPtrjJson(energy="corrected").card([path]).energy
     with pytest.raises(UserError, match="energy=raw: MPtrj has uncorrected and corrected"):
-        MptrjJson(energy="raw")
+        MPtrjJson(energy="raw")
 
 
 def test_mptrj_magmoms_and_stress_reach_the_stored_rows(materials, tmp_path):
     path = tmp_path / "m.json"
     write_mptrj(path, mptrj_frames(materials))
     writer = store.SplitWriter(tmp_path / "out")
-    for atoms in structures(MptrjJson(), path):
+    for atoms in structures(MPtrjJson(), path):
         writer.add(atoms)
     writer.close()
     for atoms, (_, _, expected, _) in zip(stored(tmp_path / "out"), materials, strict=True):
@@ -186,7 +186,7 @@ def test_mptrj_fractional_coordinates_alone_are_enough(materials, tmp_path):
     structure = pymatgen_dict(expected, keys=("abc",))
     path = tmp_path / "m.json"
     write_mptrj(path, [(mp, name, mptrj_frame(expected, corrected, structure=structure))])
-    (atoms,) = structures(MptrjJson(), path)
+    (atoms,) = structures(MPtrjJson(), path)
     np.testing.assert_allclose(atoms.positions, expected.positions, rtol=1e-12, atol=1e-12)
 
 
@@ -201,8 +201,8 @@ def test_a_defect_in_a_frame_costs_that_frame_only(materials, tmp_path):
     write_mptrj(path, frames)
     text = path.read_text().replace('"uncorrected_total_energy": -77.60922463', '"unc": -')
     path.write_text(text)
-    (part,) = MptrjJson().parts([path])
-    found = list(MptrjJson().read(part))
+    (part,) = MPtrjJson().parts([path])
+    found = list(MPtrjJson().read(part))
     assert len(found) == len(frames)
     reasons = {}
     for record in found:
@@ -226,11 +226,11 @@ def test_a_truncated_mptrj_file_gives_its_whole_frames_and_says_so(materials, tm
     write_mptrj(path, mptrj_frames(materials))
     text = path.read_bytes()
     path.write_bytes(text[: text.index(b'"force"', len(text) // 2)])
-    (part,) = MptrjJson().parts([path])
+    (part,) = MPtrjJson().parts([path])
     found = []
     with pytest.raises(UserError, match=r"m\.json is cut off or damaged behind byte \d+"):
-        found += MptrjJson().read(part)
-    stream = MptrjJson().read(part)
+        found += MPtrjJson().read(part)
+    stream = MPtrjJson().read(part)
     whole = [next(stream).build() for _ in range(text[: path.stat().st_size].count(b'"mp_id"'))]
     for atoms, (_, _, expected, _) in zip(whole, materials, strict=False):
         assert_same_labels(atoms, expected)
@@ -238,9 +238,9 @@ def test_a_truncated_mptrj_file_gives_its_whole_frames_and_says_so(materials, tm
 
 
 def test_other_json_is_not_taken_for_mptrj(test_data, tmp_path):
-    assert not MptrjJson.claims(test_data / "formats/oc22_like_ase.json")
+    assert not MPtrjJson.claims(test_data / "formats/oc22_like_ase.json")
     (tmp_path / "list.json").write_text(json.dumps([{"structure": {"lattice": 1}}]))
-    assert not MptrjJson.claims(tmp_path / "list.json")
+    assert not MPtrjJson.claims(tmp_path / "list.json")
 
 
 # --- SPICE -----------------------------------------------------------------------------------

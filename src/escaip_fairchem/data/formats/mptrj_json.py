@@ -30,7 +30,7 @@ ENERGIES = {
 }
 
 
-class MptrjJson(Format):
+class MPtrjJson(Format):
     """MPtrj's original JSON, plain or compressed by gzip.
 
     ``energy=uncorrected`` is what VASP gave, the potential whose derivatives the forces and the
