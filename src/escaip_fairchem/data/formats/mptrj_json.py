@@ -158,7 +158,7 @@ def _structure(structure: dict[str, Any]) -> Atoms:
     else:
         where = {"scaled_positions": [site["abc"] for site in sites]}
     numbers = [_atomic_number(site) for site in sites]
-    return Atoms(numbers, cell=cell, pbc=lattice.get("pbc", True), **where)
+    return Atoms(numbers=numbers, cell=cell, pbc=lattice.get("pbc", True), **where)
 
 
 def _atomic_number(site: dict[str, Any]) -> int:

@@ -142,7 +142,7 @@ class _Frames:
         from ase import Atoms
         from ase.calculators.singlepoint import SinglePointCalculator
 
-        atoms = Atoms(self.numbers, positions=positions)
+        atoms = Atoms(numbers=self.numbers, positions=positions)
         atoms.calc = SinglePointCalculator(
             atoms,
             energy=float(energy.item()) * self._unit,

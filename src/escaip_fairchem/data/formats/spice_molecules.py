@@ -73,16 +73,13 @@ class Molecule:
         from ase.calculators.singlepoint import SinglePointCalculator
 
         self._check_charge(conformation)
-        atoms = Atoms(self._numbers, positions=self._positions[conformation])
+        atoms = Atoms(numbers=self._numbers, positions=self._positions[conformation])
         atoms.calc = SinglePointCalculator(
             atoms,
             energy=float(self._energies[conformation]),
             forces=-self._gradients[conformation],
         )
-        label = self._text("subset")
-        atoms.info = {"sid": self.sid, "fid": conformation, "charge": self._charge, "spin": 1}
-        atoms.info["smiles"] = self._text("smiles")
-        atoms.info["subset"] = next((s for key, s in SUBSETS.items() if key in label), label)
+        atoms.info = {"sid": self.sid, "fid": conformation, **self._info}
         return atoms
 
     @cached_property
@@ -102,8 +99,11 @@ class Molecule:
         return self._converted("dft_total_gradient")
 
     @cached_property
-    def _charge(self) -> int:
-        return formal_charge(self._text("smiles"))
+    def _info(self) -> dict[str, int | str]:
+        label = self._text("subset")
+        subset = next((short for key, short in SUBSETS.items() if key in label), label)
+        smiles = self._text("smiles")
+        return {"charge": formal_charge(smiles), "spin": 1, "smiles": smiles, "subset": subset}
 
     @cached_property
     def _mbis_sums(self) -> np.ndarray | None:
@@ -135,16 +135,17 @@ class Molecule:
 
     def _check_charge(self, conformation: int) -> None:
         """Refuse a charge that contradicts the electrons."""
-        if (int(self._numbers.sum()) - self._charge) % 2:
+        charge = self._info["charge"]
+        if (int(self._numbers.sum()) - charge) % 2:
             raise UserError(
-                f"charge {self._charge:+d} by SMILES leaves an odd number of electrons, "
-                "but SPICE has singlets only"
+                f"charge {charge:+d} by SMILES leaves an odd number of electrons, but SPICE has "
+                "singlets only"
             )
         sums = self._mbis_sums
-        if sums is not None and abs(sums[conformation] - self._charge) > MBIS_TOLERANCE:
+        if sums is not None and abs(sums[conformation] - charge) > MBIS_TOLERANCE:
             raise UserError(
                 f"the MBIS charges add up to {sums[conformation]:+.2f} e, but the formal charges "
-                f"of the SMILES to {self._charge:+d}"
+                f"of the SMILES to {charge:+d}"
             )
 
 
@@ -167,7 +168,7 @@ class SingleFrame:
         if self._energy != "total":
             raise UserError(f"the file has no {self._energy} energy; choose energy=total")
         group = self._group
-        atoms = Atoms(group["elements"][()], positions=group["positions"][()])
+        atoms = Atoms(numbers=group["elements"][()], positions=group["positions"][()])
         atoms.calc = SinglePointCalculator(
             atoms, energy=float(group.attrs["energy"]), forces=group["forces"][()]
         )
