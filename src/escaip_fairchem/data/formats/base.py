@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """What one worker reads from start to end.
+    """What one worker reads from start to end; a format may add what it needs by a subclass.
 
     Attributes:
         paths: The files, first the one that messages name.
