@@ -15,6 +15,7 @@ from escaip_fairchem.commands import (
     import_checkpoint,
     info,
     plot,
+    references,
     sample_data,
 )
 from escaip_fairchem.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 COMMANDS = (
     sample_data,
     convert,
+    references,
     import_checkpoint,
     finetune,
     info,

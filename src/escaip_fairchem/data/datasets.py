@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from fairchem.core.datasets.ase_datasets import AseDBDataset
 from fairchem.core.datasets.mt_concat_dataset import ConcatDataset, create_concat_dataset
 from omegaconf import OmegaConf
 
+from escaip_fairchem.data.energies import with_exact_energy
 from escaip_fairchem.data.sample import DOMAINS
 from escaip_fairchem.data.store import data_root
 from escaip_fairchem.errors import UserError
@@ -34,8 +35,12 @@ class SpawnSafeAseDBDataset(AseDBDataset):
     cannot be pickled: the worker opens the files again.
 
     Where stress is loaded, a structure without one gets infinities, which fairchem's losses and
-    metrics leave out.
+    metrics leave out. Energies are given in float64 too, under ``energies.EXACT_ENERGY``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.a2g = partial(with_exact_energy, self.a2g)
 
     @cached_property
     def _metadata(self) -> dict[str, np.ndarray]:
