@@ -43,7 +43,7 @@ def with_exact_energy(
 
 def exact_energy(data: AtomicData) -> Tensor:
     """Energy labels of structures or batches in eV, float64, (B,); from float32 if need be."""
-    return (data[EXACT_ENERGY] if EXACT_ENERGY in data else data.energy).double()
+    return data.get(EXACT_ENERGY, data.energy).double()
 
 
 def use_exact_energy(batch: AtomicData) -> None:

@@ -122,7 +122,7 @@ def references_group(references: References, comment: str) -> str:
 
 
 def _label(folder: Path) -> str | None:
-    """fairchem's name of the data set, as the conversion set it."""
+    """The data set's name in fairchem, as the conversion set it."""
     import yaml
 
     path = folder / DATASET_FILE
