@@ -14,6 +14,7 @@ from escaip_fairchem.commands import (
     finetune,
     import_checkpoint,
     info,
+    inspect,
     plot,
     references,
     sample_data,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 COMMANDS = (
     sample_data,
     convert,
+    inspect,
     references,
     import_checkpoint,
     finetune,
