@@ -6,29 +6,42 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from escaip_fairchem.data.frames import free_atoms
+from escaip_fairchem.data.rows import RowFile, encode_row, write_rows
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ase import Atoms
 
     from escaip_fairchem.data.references import References
 
-# The writer searches the list of a shard's ids at every row, so shards stay small.
-FRAMES_PER_SHARD = 5_000
+# fairchem keeps every shard of a set open, and processes may have a thousand files.
+FRAMES_PER_SHARD = 100_000
+MAX_SHARDS = 200
 
 
 def data_root() -> Path:
     """Folder of all data: environment variable ``ESCAIP_DATA``, or ``data``."""
     return Path(os.environ.get("ESCAIP_DATA") or "data")
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard; fairchem takes them in the order of their names."""
+    return f"data.{number:04d}.aselmdb"
+
+
+def shard_bounds(n_frames: int) -> list[tuple[int, int]]:
+    """First frame, and frame after the last one, of each shard."""
+    size = max(FRAMES_PER_SHARD, -(-n_frames // MAX_SHARDS))
+    return [(start, min(start + size, n_frames)) for start in range(0, n_frames, size)]
 
 
 class SplitWriter:
@@ -43,7 +56,7 @@ class SplitWriter:
         self._folder = folder
         self._natoms: list[int] = []
         self._mean_forces: list[float] = []
-        self._shard: list[Atoms] = []
+        self._shard: list[bytes] = []
         self._n_shards = 0
 
     def __len__(self) -> int:
@@ -58,8 +71,8 @@ class SplitWriter:
                 fairchem puts back into ``info``.
         """
         self._natoms.append(len(atoms))
-        self._mean_forces.append(_mean_force(atoms))
-        self._shard.append(atoms)
+        self._mean_forces.append(mean_force(atoms.calc.results["forces"][free_atoms(atoms)]))
+        self._shard.append(encode_row(atoms))
         if len(self._shard) == FRAMES_PER_SHARD:
             self._write_shard()
 
@@ -67,31 +80,79 @@ class SplitWriter:
         """Write what is held, and ``metadata.npz``."""
         if self._shard:
             self._write_shard()
-        np.savez(
-            self._folder / "metadata.npz",
-            natoms=np.array(self._natoms, dtype=np.int64),
-            mean_force=np.array(self._mean_forces),
-        )
+        write_metadata(self._folder, self._natoms, mean_force=self._mean_forces)
 
     def _write_shard(self) -> None:
-        """Write the frames held in a single transaction."""
-        from ase.db import connect
-        from ase.db.row import AtomsRow
-
-        path = self._folder / f"data.{self._n_shards:04d}.aselmdb"
-        with connect(path, type="aselmdb", use_lock_file=False) as database:
-            for atoms in self._shard:
-                # A row, not the atoms: the writer would add the name of the user to it.
-                database.write(AtomsRow(atoms), data=atoms.info)
-        path.with_name(path.name + "-lock").unlink(missing_ok=True)
+        """Write the rows held."""
+        path = self._folder / shard_name(self._n_shards)
+        write_rows(path, self._shard, len(self._shard), sum(map(len, self._shard)))
         self._shard = []
         self._n_shards += 1
 
 
-def _mean_force(atoms: Atoms) -> float:
-    """Mean length of the forces on free atoms, eV/A."""
-    forces = atoms.get_forces(apply_constraint=False)[free_atoms(atoms)]
-    return float(np.linalg.norm(forces, axis=1).mean()) if len(forces) else 0.0
+def mean_force(free_forces: np.ndarray) -> float:
+    """Mean length of the forces on free atoms, (M, 3), in their unit."""
+    return float(np.linalg.norm(free_forces, axis=1).mean()) if len(free_forces) else 0.0
+
+
+def write_metadata(folder: Path, natoms: Sequence[int], **per_frame: Sequence[float]) -> None:
+    """Write ``metadata.npz``: what samplers need of every frame, in the order of the rows."""
+    values = {name: np.asarray(value, dtype=float) for name, value in per_frame.items()}
+    partial = folder / ".metadata.partial.npz"
+    np.savez(partial, natoms=np.asarray(natoms, dtype=np.int64), **values)
+    os.replace(partial, folder / "metadata.npz")
+
+
+def copy_rows(sources: Sequence[Path], target: Path, indices: np.ndarray) -> None:
+    """Copy frames of converted folders into a new one, without decoding them.
+
+    Args:
+        sources: Folders with ``data.NNNN.aselmdb`` and ``metadata.npz``; their frames are numbered
+            through in this order.
+        target: The folder to make.
+        indices: Frames to copy, in the order wanted, (M,).
+
+    Raises:
+        UserError: If a source is damaged, or its metadata does not fit.
+    """
+    with ExitStack() as stack:
+        files = [RowFile(path) for source in sources for path in sorted_shards(source)]
+        for file in files:
+            stack.callback(file.close)
+        starts = np.cumsum([0, *map(len, files)])
+        metadata = _joint_metadata(sources, int(starts[-1]))
+        target.mkdir(parents=True)
+        owner = np.searchsorted(starts, indices, side="right") - 1
+        local = indices - starts[owner]
+        for number, (begin, end) in enumerate(shard_bounds(len(indices))):
+            places = list(zip(owner[begin:end], local[begin:end], strict=True))
+            n_bytes = sum(len(files[k][i]) for k, i in places)
+            rows = (files[k][i] for k, i in places)
+            write_rows(target / shard_name(number), rows, end - begin, n_bytes)
+    chosen = {name: values[indices] for name, values in metadata.items()}
+    write_metadata(target, chosen.pop("natoms"), **chosen)
+
+
+def sorted_shards(folder: Path) -> list[Path]:
+    """The ASE-LMDB files of a folder, in the order in which fairchem takes them."""
+    return sorted(folder.glob("*.aselmdb"))
+
+
+def _joint_metadata(sources: Sequence[Path], n_frames: int) -> dict[str, np.ndarray]:
+    """Metadata of several folders, as far as all of them have it."""
+    parts = []
+    for source in sources:
+        if not (source / "metadata.npz").is_file():
+            raise UserError(f"{source} has no metadata.npz; make it again with `escaip convert`")
+        parts.append(dict(np.load(source / "metadata.npz")))
+    common = [name for name in parts[0] if all(name in part for part in parts)]
+    joint = {name: np.concatenate([part[name] for part in parts]) for name in common}
+    if any(len(values) != n_frames for values in joint.values()):
+        raise UserError(
+            f"metadata.npz of {', '.join(map(str, sources))} does not belong to the {n_frames} "
+            "frames; make them again with `escaip convert`"
+        )
+    return joint
 
 
 @contextmanager
