@@ -18,6 +18,7 @@ from escaip_fairchem.commands import (
     plot,
     references,
     sample_data,
+    split,
 )
 from escaip_fairchem.errors import UserError
 
@@ -30,6 +31,7 @@ COMMANDS = (
     convert,
     inspect,
     references,
+    split,
     import_checkpoint,
     finetune,
     info,

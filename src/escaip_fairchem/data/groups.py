@@ -72,7 +72,7 @@ def fit_references(
     if dataset_file:
         store.write_dataset_group(
             dataset_file,
-            label=_label(folder) or name,
+            label=dataset_label(folder) or name,
             train=str((folder / "train").resolve()),
             val=str((folder / "val").resolve()),
             references=references,
@@ -121,7 +121,7 @@ def references_group(references: References, comment: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _label(folder: Path) -> str | None:
+def dataset_label(folder: Path) -> str | None:
     """The data set's name in fairchem, as the conversion set it."""
     import yaml
 

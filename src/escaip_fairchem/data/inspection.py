@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from escaip_fairchem.data.survey import gather
 from escaip_fairchem.data.groups import DATASET_FILE, converted_folder
 from escaip_fairchem.data.inspect_plot import draw
 from escaip_fairchem.data.limits import judge, read_limits
 from escaip_fairchem.data.references import NUM_REFERENCES
 from escaip_fairchem.data.report import Inspection
+from escaip_fairchem.data.survey import gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from escaip_fairchem.data.survey import Facts
     from escaip_fairchem.data.frames import LabelKeys
     from escaip_fairchem.data.limits import Limits
+    from escaip_fairchem.data.survey import Facts
 
 
 def inspect_data(
@@ -51,8 +51,8 @@ def inspect_data(
     Raises:
         UserError: Files that cannot be read, or a recipe that cannot be composed.
     """
-    limits = read_limits(Path(recipe[0]), recipe[1:]) if recipe else None
     folder = converted_folder(inputs)
+    limits = _limits(recipe, folder) if recipe else None
     parts = {name: [folder / name] for name in ("train", "val")} if folder else {"": inputs}
     facts = gather(
         parts,
@@ -80,6 +80,20 @@ def inspect_data(
             yield f"  {line}"
     title = str(folder or inputs[0])
     yield f"figure: {draw(found, plot, title)}"
+
+
+def _limits(recipe: Sequence[str], folder: Path | None) -> Limits:
+    """What a recipe assumes, with the references and scales of the folder unless it names data."""
+    import yaml
+
+    overrides = list(recipe[1:])
+    named = any(word.startswith("dataset=") for word in overrides)
+    if folder and not named and (folder / DATASET_FILE).is_file():
+        group = yaml.safe_load((folder / DATASET_FILE).read_text())
+        scales = [f"++normalizer.{name}={value}" for name, value in group["normalizer"].items()]
+        references = f"++element_refs.energy={group['element_refs']['energy']}"
+        overrides = [references, *scales, *overrides]
+    return read_limits(Path(recipe[0]), overrides)
 
 
 def _references(facts: Facts, folder: Path | None, limits: Limits | None) -> tuple[np.ndarray, str]:
