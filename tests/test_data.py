@@ -238,7 +238,7 @@ def test_a_bad_last_frame_leaves_nothing(tmp_path):
     frames[4].calc = SinglePointCalculator(frames[4], **results)
     write(tmp_path / "in.traj", frames)
     with pytest.raises(UserError, match=r"in\.traj, frame 4: the position of atom 1 is NaN"):
-        convert([tmp_path / "in.traj"], tmp_path / "out")
+        convert([tmp_path / "in.traj"], tmp_path / "out", strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["in.traj"]
 
 

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from escaip_fairchem.data import checks, splits, store
-from escaip_fairchem.data.frames import (
-    Frame,
-    LabelKeys,
-    expand_inputs,
-    free_atoms,
-    group_of,
-    labelled,
-    read_frames,
-)
-from escaip_fairchem.data.references import ReferenceFit, References, RunningRms
+import numpy as np
+
+from escaip_fairchem.data import publish, splits, store
+from escaip_fairchem.data.card import CARD_FILE, write_card
+from escaip_fairchem.data.journal import Interrupted, is_published, open_journal
+from escaip_fairchem.data.plan import make_plan
+from escaip_fairchem.data.pool import run_tasks
+from escaip_fairchem.data.summary import DATASET_FILE, Summary, write_group
+from escaip_fairchem.data.work import SYSTEM_ERRORS, hash_file, read_part
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
-    from ase import Atoms
-
-DATASET_FILE = "dataset.yaml"
+    from escaip_fairchem.data.frames import LabelKeys
+    from escaip_fairchem.data.journal import Journal
+    from escaip_fairchem.data.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class SplitOptions:
             how = f"within each {self.within}"
         return f"val fraction {self.val_fraction:g} {how}, seed {self.seed}"
 
-    def mask(self, groups: list[str]) -> np.ndarray:
+    def mask(self, groups: Sequence[str] | np.ndarray) -> np.ndarray:
         """Choose the validation frames, (N,) bool, given each frame's group."""
         if self.by:
             return splits.split_by_group(groups, self.val_fraction, self.seed)
@@ -75,104 +73,59 @@ class SplitOptions:
         return splits.split_random(len(groups), self.val_fraction, self.seed)
 
 
-@dataclass
-class Summary:
-    """What was written.
+@dataclass(frozen=True)
+class Options:
+    """How a conversion is done.
 
     Attributes:
-        folder: Folder that holds ``train``, ``val`` and ``dataset.yaml``.
-        n_train: Training frames.
-        n_val: Validation frames.
-        n_stress: Frames that carry stress.
-        references: Element references of the training frames.
-        force_rms: Of the free training atoms, eV/A.
-        unseen: Elements of validation that training lacks, by symbol.
+        split: How validation frames are chosen; None if ``val`` names them.
+        val: Official validation files.
+        format: Name of the format; found by a look at the inputs by default.
+        settings: Options of the format.
+        keys: Where labels are if ASE does not find them; more options of the format.
+        check_units: Judge units by the size of distances and forces.
+        unlabelled: Structures have no labels and go into one folder, ``test``.
+        strict: The first defect stops the conversion, instead of being listed in the end.
+        workers: Processes.
     """
 
-    folder: Path
-    n_train: int
-    n_val: int
-    n_stress: int
-    references: References
-    force_rms: float
-    unseen: list[str]
+    split: SplitOptions | None = None
+    val: Sequence[str | Path] = ()
+    format: str | None = None
+    settings: dict[str, Any] | None = None
+    keys: LabelKeys | None = None
+    check_units: bool = True
+    unlabelled: bool = False
+    strict: bool = False
+    workers: int = 1
 
-    def describe(self) -> str:
-        """The lines that the commands print."""
-        n_frames = self.n_train + self.n_val
-        lines = [
-            f"{self.folder}: {self.n_train} train and {self.n_val} val frames",
-            f"stress in {self.n_stress} of {n_frames} frames",
-            f"element references: {self.references.describe()}",
-            f"force rms of free training atoms: {self.force_rms:.4g} eV/A",
-        ]
-        if self.unseen:
-            lines.append(
-                f"only val has {', '.join(self.unseen)}: train gives them no reference energy, so "
-                "val energies are comparable only within one composition"
-            )
-        return "\n".join(lines)
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.workers < 1:
+            raise UserError(f"--workers is {self.workers}; give at least 1")
+        if self.val and (self.unlabelled or self.split is not None):
+            other = "--unlabelled" if self.unlabelled else "a split"
+            raise UserError(f"--val and {other} exclude each other; give one of them")
+        if self.unlabelled and self.split is not None:
+            raise UserError("--unlabelled and a split exclude each other; give one of them")
 
+    @property
+    def splitting(self) -> SplitOptions:
+        """The split, which is at random by default."""
+        return self.split or SplitOptions()
 
-def write_dataset(
-    out: Path,
-    frames: Iterable[Atoms],
-    in_val: np.ndarray,
-    *,
-    label: str,
-    comment: str,
-    paths: tuple[str, str],
-    overwrite: bool = False,
-) -> Summary:
-    """Write labelled frames, their statistics and ``dataset.yaml``, all or nothing.
+    @property
+    def format_options(self) -> dict[str, Any]:
+        """All options of the format."""
+        keys = vars(self.keys) if self.keys else {}
+        named = {f"{name}_key": key for name, key in keys.items() if key is not None}
+        return {**(self.settings or {}), **named}
 
-    Args:
-        out: Folder to make.
-        frames: Labelled frames, N of them.
-        in_val: Which frames are held out, (N,) bool.
-        label: fairchem's name of the data set.
-        comment: Where the data comes from, for ``dataset.yaml``.
-        paths: Train and val folders as ``dataset.yaml`` names them.
-        overwrite: Whether an existing folder may be replaced.
-
-    Returns:
-        What was written.
-    """
-    from ase.data import chemical_symbols
-
-    fit, force_scale, stress_scale, n_stress = ReferenceFit(), RunningRms(), RunningRms(), 0
-    val_elements: set[str] = set()
-    with store.new_folder(out, overwrite) as partial:
-        train = store.SplitWriter(partial / "train")
-        val = store.SplitWriter(partial / "val")
-        for atoms, held_out in zip(frames, in_val, strict=True):
-            results = atoms.calc.results
-            n_stress += "stress" in results
-            if held_out:
-                val.add(atoms)
-                val_elements.update(atoms.symbols)
-                continue
-            train.add(atoms)
-            fit.add(atoms.numbers, results["energy"])
-            force_scale.add(results["forces"][free_atoms(atoms)])
-            if "stress" in results:
-                stress_scale.add(atoms.get_stress(voigt=False))
-        train.close()
-        val.close()
-        references = fit.solve()
-        store.write_dataset_group(
-            partial / DATASET_FILE,
-            label=label,
-            train=paths[0],
-            val=paths[1],
-            references=references,
-            force_rms=force_scale.rms,
-            stress_rms=stress_scale.rms if n_stress else None,
-            comment=comment,
-        )
-    known = {chemical_symbols[z] for z in references.elements}
-    unseen = sorted(val_elements - known)
-    return Summary(out, len(train), len(val), n_stress, references, force_scale.rms, unseen)
+    def describe_split(self) -> str:
+        """Say in a few words where validation frames come from."""
+        if self.unlabelled:
+            return "none, structures have no labels"
+        return "official validation files" if self.val else self.splitting.describe()
 
 
 def convert(
@@ -181,49 +134,38 @@ def convert(
     *,
     name: str | None = None,
     label: str | None = None,
-    split: SplitOptions | None = None,
-    keys: LabelKeys | None = None,
-    check_units: bool = True,
     overwrite: bool = False,
-) -> tuple[Summary, Path]:
-    """Convert files that ASE reads into a data set that recipes find by its name.
+    **options: Any,
+) -> tuple[Summary, Path | None]:
+    """Convert files into a data set that recipes find by its name.
 
     Args:
-        inputs: Files, glob patterns or folders of ASE-LMDB files.
+        inputs: Files, glob patterns or folders.
         out: Folder to make, with ``train`` and ``val`` in it.
         name: The data set's name for ``dataset=NAME``; the name of ``out`` by default.
         label: fairchem's name of the data set, stored in checkpoints; ``name`` by default.
-        split: How validation frames are chosen.
-        keys: Where labels are when there is no calculator.
-        check_units: Judge units by the size of distances and forces.
-        overwrite: Whether an existing ``out`` and group file may be replaced.
+        overwrite: Whether an existing ``out`` and group file may be replaced, and an interrupted
+            conversion with other options thrown away.
+        **options: Fields of `Options`.
 
     Returns:
-        What was written, and the Hydra group file.
+        What was written, and the Hydra group file, if frames have labels.
 
     Raises:
-        UserError: Naming file and frame of the first defect.
+        UserError: If the inputs, as they are, cannot become such a set.
     """
+    chosen = Options(**options)
     name = name or out.resolve().name
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(f"name {name!r}: use letters, digits, '.', '_' and '-' only (--name)")
     group = store.data_root() / "configs" / "dataset" / f"{name}.yaml"
-    if not overwrite:  # said before the work, not after it
-        if out.exists():
-            raise UserError(f"{out} exists; choose another folder or pass --overwrite")
-        if group.exists():
-            raise UserError(f"{group} exists; choose another --name or pass --overwrite")
+    if group.exists() and not overwrite and not chosen.unlabelled:  # before the work, not after
+        raise UserError(f"{group} exists; choose another --name or pass --overwrite")
+    copies = () if chosen.unlabelled else (group,)
     summary = convert_files(
-        inputs,
-        out,
-        label=label or name,
-        split=split,
-        keys=keys,
-        check_units=check_units,
-        overwrite=overwrite,
+        inputs, out, label=label or name, overwrite=overwrite, copies=copies, **options
     )
-    store.copy_file(out / DATASET_FILE, group)
-    return summary, group
+    return summary, copies[0] if copies else None
 
 
 def convert_files(
@@ -231,84 +173,160 @@ def convert_files(
     out: Path,
     *,
     label: str,
-    split: SplitOptions | None = None,
-    keys: LabelKeys | None = None,
-    check_units: bool = True,
     overwrite: bool = False,
+    copies: Sequence[Path] = (),
+    **options: Any,
 ) -> Summary:
-    """Convert files that ASE reads into a folder with ``train`` and ``val``.
+    """Convert files into a folder with ``train`` and ``val``.
 
-    The files are read twice: first everything is checked and the split is chosen, then it is
-    written, so that a bad frame is found before anything exists and memory stays constant.
+    The files are read once. A run that was killed, or stopped by a full disk, is continued by the
+    same call; until the end, all that is written is in the hidden folder ``.NAME.partial`` beside
+    ``out``.
 
     Args:
         inputs: As for `convert`.
         out: Folder to make.
         label: fairchem's name of the data set.
-        split: As for `convert`.
-        keys: As for `convert`.
-        check_units: As for `convert`.
-        overwrite: Whether an existing ``out`` may be replaced.
+        overwrite: As for `convert`.
+        copies: Where to copy ``dataset.yaml`` to.
+        **options: As for `convert`.
 
     Returns:
         What was written.
 
     Raises:
-        UserError: Naming file and frame of the first defect.
+        UserError: As for `convert`; a subclass if the same call can go on.
     """
+    chosen = Options(**options)
+    plan = make_plan(
+        inputs,
+        chosen.val,
+        format_name=chosen.format,
+        options=chosen.format_options,
+        check_units=chosen.check_units,
+        split_key=None if chosen.val or chosen.unlabelled else chosen.splitting.key,
+        labelled=not chosen.unlabelled,
+        strict=chosen.strict,
+    )
+    fingerprint = plan.fingerprint
+    if out.exists() and not overwrite and not is_published(out, fingerprint):
+        raise UserError(f"{out} exists; choose another folder or pass --overwrite")
+    with _machine_errors(out), open_journal(out, fingerprint, overwrite) as journal:
+        if journal.published:  # all that is left is to remove the journal
+            return Summary.from_json(journal.read("summary"))
+        _read(plan, journal, chosen.workers)
+        summary = _publish(plan, journal, label, chosen)
+        for copy in copies:
+            store.copy_file(journal.new / DATASET_FILE, copy)
+        journal.note("summary", summary.as_json())
+        journal.publish()
+    return summary
+
+
+def _read(plan: Plan, journal: Journal, workers: int) -> None:
+    """Read all parts, and take the checksums of the files."""
+    hashes = [
+        (hash_file, (journal.folder / "files" / f"{number:06d}.json", path))
+        for number, path in enumerate(plan.files)
+    ]
+    parts = [
+        (read_part, (journal.part(number), plan.reading, part))
+        for number, part in enumerate(plan.parts)
+    ]
+    with _progress("read", journal.n_records(len(parts))) as report:
+        run_tasks([*parts, *hashes], workers, report)
+
+
+def _publish(plan: Plan, journal: Journal, label: str, options: Options) -> Summary:
+    """Put the set together in ``journal.new``."""
+    frames = publish.Frames(plan, journal)
+    frames.drop_duplicates()
+    publish.refuse_nothing(frames)
+    if plan.reading.check_units:
+        frames.check_scales()
+    try:
+        masks = _sides(frames, options)
+    except UserError as error:
+        first = next(frames.rejections(), None)
+        if first is None:
+            raise
+        raise UserError(f"{error} (left out: {first}, ...)") from error
+    choice = {"split": options.describe_split(), "files": bool(options.val)}
+    folder = publish.fresh_folder(journal, choice)
+    with _progress("write", 0, int(frames.kept.sum())) as report:
+        sides = {
+            name: publish.write_side(folder / name, frames, mask, options.workers, report)
+            for name, mask in masks.items()
+        }
+    out = journal.out.resolve()
+    if options.unlabelled:
+        summary = Summary(journal.out, n_test=sides["test"].n_frames)
+    else:
+        summary = write_group(
+            folder,
+            journal.out,
+            sides["train"],
+            sides["val"],
+            label=label,
+            comment=f"written by escaip convert from {len(plan.files)} files, "
+            f"{options.describe_split()}",
+            paths=(str(out / "train"), str(out / "val")),
+        )
+    summary.n_rejected, first = publish.write_rejections(folder, frames)
+    summary.first_rejected = str(first) if first else ""
+    references = summary.references
+    write_card(
+        folder / CARD_FILE,
+        plan,
+        label=label,
+        files=journal.notes("files"),
+        split=options.describe_split(),
+        sides=sides,
+        references=references,
+        residuals={} if references is None else frames.residuals(masks, references.values),
+        n_rejected=summary.n_rejected,
+        n_duplicates=frames.n_duplicates,
+    )
+    return summary
+
+
+def _sides(frames: publish.Frames, options: Options) -> dict[str, np.ndarray]:
+    """Which frames go into which folder, (N,) bool each."""
+    if options.unlabelled:
+        return {"test": frames.kept}
+    if options.val:
+        masks = {"train": frames.kept & ~frames.in_val_files}
+        masks["val"] = frames.kept & frames.in_val_files
+        for name, mask in masks.items():
+            if not mask.any():
+                raise UserError(f"no frame of the {name} files could be used; see `--strict`")
+        return masks
+    split = options.splitting
+    groups = frames.groups() if split.key else np.empty(len(frames.kept))
+    in_val = np.zeros(len(frames.kept), dtype=bool)
+    in_val[frames.kept] = split.mask(groups[frames.kept])
+    return {"train": frames.kept & ~in_val, "val": in_val}
+
+
+@contextmanager
+def _progress(what: str, done: int, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar with the rate of frames in a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
-    split, keys = split or SplitOptions(), keys or LabelKeys()
-    paths = expand_inputs(inputs)
-    frames = tqdm(read_frames(paths), desc="check", unit=" frames", disable=None)
-    in_val = split.mask(_check_all(frames, keys, split.key, check_units))
-    labelled_frames = (labelled(frame, keys) for frame in read_frames(paths))
-    folder = out.resolve()
-    return write_dataset(
-        out,
-        tqdm(labelled_frames, desc="write", unit=" frames", total=len(in_val), disable=None),
-        in_val,
-        label=label,
-        comment=f"written by escaip convert from {len(paths)} files, {split.describe()}",
-        paths=(str(folder / "train"), str(folder / "val")),
-        overwrite=overwrite,
-    )
+    with tqdm(desc=what, unit=" frames", initial=done, total=total, disable=None) as bar:
+        yield bar.update
 
 
-def _check_all(
-    frames: Iterable[Frame], keys: LabelKeys, split_key: str | None, check_units: bool
-) -> list[str]:
-    """Check every frame; returns the group of each, empty where the split needs none."""
-    groups: list[str] = []
-    rms: list[float] = []
-    stress_rms: list[float] = []
-    for frame in frames:
-        source = frame.atoms
-        try:
-            # Before labels are asked for: ASE drops those of a structure with NaN positions.
-            checks.check_structure(
-                source.numbers,
-                source.positions,
-                source.cell.array,
-                source.pbc,
-                check_units=check_units,
-            )
-            results = labelled(frame, keys).calc.results
-            checks.check_labels(
-                len(source),
-                energy=results["energy"],
-                forces=results["forces"],
-                stress=results.get("stress"),
-                check_units=check_units,
-            )
-        except UserError as error:
-            raise UserError(f"{frame.place}: {error}") from error
-        rms.append(checks.component_rms(results["forces"]))
-        if "stress" in results:
-            stress_rms.append(checks.component_rms(results["stress"]))
-        groups.append(group_of(frame, split_key) if split_key else "")
-    if check_units and rms:
-        checks.check_force_scale(rms)
-    if check_units and stress_rms:
-        checks.check_stress_scale(stress_rms)
-    return groups
+@contextmanager
+def _machine_errors(out: Path) -> Iterator[None]:
+    """Say what the user can do about a full disk and the like."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno not in SYSTEM_ERRORS:
+            raise
+        reason = getattr(error, "strerror", None) or "out of memory"
+        raise Interrupted(
+            f"{reason} ({getattr(error, 'filename', None) or out}): make room and run the same "
+            "command again; it goes on where it stopped"
+        ) from error

@@ -1,11 +1,8 @@
-"""Labelled frames in, from whatever ASE reads."""
+"""Labelled frames from structures that ASE read."""
 
 from __future__ import annotations
 
 import glob
-import shutil
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +16,6 @@ if TYPE_CHECKING:
 
     from ase import Atoms
 
-DATABASE_SUFFIXES = (".aselmdb", ".db", ".json")
-COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz")
-
 
 @dataclass(frozen=True)
 class LabelKeys:
@@ -31,11 +25,15 @@ class LabelKeys:
         energy: Key of ``atoms.info``, eV.
         forces: Key of ``atoms.arrays``, (N, 3), eV/A.
         stress: Key of ``atoms.info``, 6 (Voigt), 9 or 3x3 numbers, eV/A^3.
+        charge: Key of ``atoms.info``, total charge in e.
+        spin: Key of ``atoms.info``, spin multiplicity.
     """
 
     energy: str | None = None
     forces: str | None = None
     stress: str | None = None
+    charge: str | None = None
+    spin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,9 @@ class Frame:
     path: Path
     index: int
 
-    @property
-    def place(self) -> str:
-        """File and frame, for messages."""
-        return f"{self.path}, frame {self.index}"
-
 
 def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """Resolve file names, glob patterns and folders of ASE-LMDB files, in order.
+    """Resolve file names, glob patterns and folders, in order.
 
     Raises:
         UserError: If one of them names nothing.
@@ -61,77 +54,39 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     paths: list[Path] = []
     for item in map(str, inputs):
         path = Path(item)
-        if path.is_dir():
-            found = sorted(path.glob("*.aselmdb"))
-        else:
-            found = [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(item))]
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(item))]
         if not found:
-            what = "holds no .aselmdb file" if path.is_dir() else "does not exist"
-            raise UserError(f"input {item} {what}; give files, glob patterns or ASE-LMDB folders")
+            raise UserError(f"input {item} does not exist; give files, glob patterns or folders")
         paths += found
     return paths
 
 
 def read_frames(paths: Sequence[Path]) -> Iterator[Frame]:
-    """Read all frames of all files, one at a time.
+    """Read all frames of files that ASE reads and of folders of ASE-LMDB files, one at a time.
 
     Raises:
         UserError: If ASE cannot read a file.
     """
-    for path in paths:
-        try:
-            for index, atoms in enumerate(_read_file(path)):
-                yield Frame(atoms, path, index)
-        except Exception as error:  # ASE readers raise of every type
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"ASE cannot read {path} ({type(error).__name__}: {reason[0] if reason else ''}); "
-                "give a file in a format of `ase info --formats`"
-            ) from error
+    from escaip_fairchem.data.formats.ase_files import AseFiles
+
+    reader = AseFiles()
+    for part in reader.parts(paths):
+        for record in reader.raw(part):
+            yield Frame(record.build(), part.paths[0], record.index)
 
 
-def _read_file(path: Path) -> Iterator[Atoms]:
-    """Read the frames of one file; rows of a database bring their keys and data as ``info``."""
-    if path.suffix not in DATABASE_SUFFIXES:
-        from ase.io import iread
-
-        with _decompressed(path) as plain:
-            yield from iread(plain, index=":", do_not_split_by_at_sign=True)
-        return
-    from ase.db import connect
-
-    options = {"readonly": True} if path.suffix == ".aselmdb" else {}
-    database = connect(path, use_lock_file=False, **options)
-    for row in database.select():
-        atoms = row.toatoms()
-        atoms.info = {**row.key_value_pairs, **row.data}
-        yield atoms
-
-
-@contextmanager
-def _decompressed(path: Path) -> Iterator[Path]:
-    """Unpack a compressed file for the time of reading.
-
-    ASE's readers seek back and forth, which unpacks a compressed stream from its start each time.
-    """
-    if path.suffix not in COMPRESSED_SUFFIXES:
-        yield path
-        return
-    from ase.io.formats import open_with_compression
-
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / path.stem
-        with open_with_compression(str(path), "rb") as packed, plain.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-        yield plain
-
-
-def labelled(frame: Frame, keys: LabelKeys) -> Atoms:
-    """Reduce a frame to what fairchem trains on.
+def labelled(source: Atoms, keys: LabelKeys, sid: str, *, optional: bool = False) -> Atoms:
+    """Reduce a structure to what fairchem trains on.
 
     Kept: species, positions, cell, pbc, tags, fixed atoms (``FixAtoms``), the plain values of
     ``info`` (``sid`` as text, because fairchem drops other types), energy, raw forces (those on
     fixed atoms too) and, of periodic structures, stress.
+
+    Args:
+        source: As ASE reads it.
+        keys: Where labels are when there is no calculator.
+        sid: Name of the structure if its ``info`` has none.
+        optional: Whether a structure may have no labels, and so get no calculator.
 
     Returns:
         New ``ase.Atoms`` with a ``SinglePointCalculator``.
@@ -143,7 +98,6 @@ def labelled(frame: Frame, keys: LabelKeys) -> Atoms:
     from ase.calculators.singlepoint import SinglePointCalculator
     from ase.constraints import FixAtoms
 
-    source = frame.atoms
     fixed = [c for c in source.constraints if isinstance(c, FixAtoms)]
     atoms = Atoms(
         numbers=source.numbers,
@@ -152,34 +106,24 @@ def labelled(frame: Frame, keys: LabelKeys) -> Atoms:
         pbc=source.pbc,
         tags=source.get_tags(),
         constraint=fixed,
-        info=_plain_info(frame, keys),
+        info=_plain_info(source, keys, sid),
     )
     results = source.calc.results if source.calc is not None else {}
+    # ASE drops the labels of positions that are not finite, so missing ones are not the defect.
+    if not results and (optional or not np.isfinite(source.positions).all()):
+        return atoms
     labels = {
-        "energy": _label(frame, "energy", keys.energy, source.info, results),
-        "forces": _label(frame, "forces", keys.forces, source.arrays, results),
+        "energy": _label(source, "energy", keys.energy, source.info, results),
+        "forces": _label(source, "forces", keys.forces, source.arrays, results),
     }
     # A molecule has no volume, so the zeros that some programs write for it are no stress.
     if source.pbc.any() and (keys.stress or results.get("stress") is not None):
-        labels["stress"] = _label(frame, "stress", keys.stress, source.info, results)
-    atoms.calc = SinglePointCalculator(atoms, **_as_numbers(frame, labels))
+        labels["stress"] = _label(source, "stress", keys.stress, source.info, results)
+    atoms.calc = SinglePointCalculator(atoms, **_as_numbers(labels))
     return atoms
 
 
-def group_of(frame: Frame, key: str) -> str:
-    """Value of an ``info`` key as text.
-
-    Raises:
-        UserError: If the frame lacks it.
-    """
-    if key not in frame.atoms.info:
-        raise UserError(
-            f"{frame.place}: no info key {key!r} to split by; {_keys_of(frame, 'info')}"
-        )
-    return str(frame.atoms.info[key])
-
-
-def _label(frame: Frame, name: str, key: str | None, values: dict, results: dict) -> Any:
+def _label(source: Atoms, name: str, key: str | None, values: dict, results: dict) -> Any:
     """Find a label under its key, or else in the calculator's results."""
     for place in (values, results):
         if key is not None and place.get(key) is not None:
@@ -189,11 +133,11 @@ def _label(frame: Frame, name: str, key: str | None, values: dict, results: dict
     missing = f"no {name}" if key is None else f"no {name} under {key!r}"
     where = "arrays" if name == "forces" else "info"
     raise UserError(
-        f"{missing}; name the key that holds it with --{name}-key ({_keys_of(frame, where)})"
+        f"{missing}; name the key that holds it with --{name}-key ({keys_of(source, where)})"
     )
 
 
-def _as_numbers(frame: Frame, labels: dict[str, Any]) -> dict[str, Any]:
+def _as_numbers(labels: dict[str, Any]) -> dict[str, Any]:
     """Turn labels into float64, stress into Voigt order."""
     from ase.stress import full_3x3_to_voigt_6_stress
 
@@ -213,24 +157,29 @@ def _as_numbers(frame: Frame, labels: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def _plain_info(frame: Frame, keys: LabelKeys) -> dict[str, Any]:
+def _plain_info(source: Atoms, keys: LabelKeys, sid: str) -> dict[str, Any]:
     """Plain values of ``info``; labels are left out, because fairchem prefers them there."""
     taken = {"energy", "forces", "stress", keys.energy, keys.stress}
     info = {}
-    for key, stored in frame.atoms.info.items():
+    for key, stored in source.info.items():
         value = stored.item() if isinstance(stored, np.generic) else stored
         if key not in taken and isinstance(value, str | int | float | bool):
             info[key] = value
-    for key in ("charge", "spin"):  # whole numbers for fairchem's integer embeddings
-        if isinstance(info.get(key), float) and info[key].is_integer():
-            info[key] = int(info[key])
-    info["sid"] = str(info.get("sid", f"{frame.path.name.split('.')[0]}-{frame.index}"))
+    for key, other in (("charge", keys.charge), ("spin", keys.spin)):
+        if other is not None and other not in info:
+            raise UserError(f"no {key} under {other!r} ({keys_of(source, 'info')})")
+        value = info.get(other or key)
+        if other is not None:
+            info[key] = value
+        if isinstance(value, float) and value.is_integer():
+            info[key] = int(value)  # whole numbers for fairchem's integer embeddings
+    info["sid"] = str(info.get("sid", sid))
     return info
 
 
-def _keys_of(frame: Frame, where: str) -> str:
-    """List the keys that a frame has."""
-    return f"{where} has {', '.join(sorted(map(str, getattr(frame.atoms, where)))) or 'no keys'}"
+def keys_of(atoms: Atoms, where: str) -> str:
+    """List the keys that a structure has, in ``info`` or ``arrays``."""
+    return f"{where} has {', '.join(sorted(map(str, getattr(atoms, where)))) or 'no keys'}"
 
 
 def free_atoms(atoms: Atoms) -> np.ndarray:

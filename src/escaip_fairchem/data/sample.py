@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ase import Atoms
     from ase.calculators.calculator import Calculator
 
-    from escaip_fairchem.data.convert import Summary
+    from escaip_fairchem.data.summary import Summary
 
 DEFAULT_FRAMES = 240
 FRAMES_PER_SYSTEM = 12
@@ -84,7 +84,7 @@ def make_sample(
     """
     from tqdm import tqdm
 
-    from escaip_fairchem.data.convert import write_dataset
+    from escaip_fairchem.data.summary import write_dataset
 
     if n_frames < 2:
         raise UserError(f"--frames is {n_frames}; give at least 2")

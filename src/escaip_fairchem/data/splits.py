@@ -1,11 +1,11 @@
 """Who is held out: frames at random, whole groups, or frames inside every group.
 
-Each function returns a mask (N,), true for validation, and is deterministic by seed.
+Each function returns a mask (N,), true for validation, and is deterministic by seed. Groups are
+given as one value for each frame, text or numbers.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +26,7 @@ def split_random(n_frames: int, fraction: float, seed: int) -> np.ndarray:
     return mask
 
 
-def split_by_group(groups: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+def split_by_group(groups: Sequence[str] | np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Hold out whole groups, in random order, as near to ``fraction`` of the frames as they allow.
 
     At least one group is held out, and at least one is left.
@@ -51,7 +51,9 @@ def split_by_group(groups: Sequence[str], fraction: float, seed: int) -> np.ndar
     return mask
 
 
-def split_within_groups(groups: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+def split_within_groups(
+    groups: Sequence[str] | np.ndarray, fraction: float, seed: int
+) -> np.ndarray:
     """Hold out frames inside every group, at least one where a group has two or more."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(len(groups), dtype=bool)
@@ -65,9 +67,9 @@ def split_within_groups(groups: Sequence[str], fraction: float, seed: int) -> np
     return mask
 
 
-def _members(groups: Sequence[str]) -> list[np.ndarray]:
+def _members(groups: Sequence[str] | np.ndarray) -> list[np.ndarray]:
     """Frame indices of each group, groups in order of first appearance."""
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, group in enumerate(groups):
-        members[group].append(index)
-    return [np.array(frames) for frames in members.values()]
+    _, first, code = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+    order = np.argsort(code, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(code))[:-1])
+    return [members[group] for group in np.argsort(first)]

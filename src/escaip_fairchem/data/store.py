@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from escaip_fairchem.data.facts import mean_force
 from escaip_fairchem.data.frames import free_atoms
 from escaip_fairchem.data.rows import RowFile, encode_row, write_rows
 from escaip_fairchem.errors import UserError
@@ -88,11 +89,6 @@ class SplitWriter:
         write_rows(path, self._shard, len(self._shard), sum(map(len, self._shard)))
         self._shard = []
         self._n_shards += 1
-
-
-def mean_force(free_forces: np.ndarray) -> float:
-    """Mean length of the forces on free atoms, (M, 3), in their unit."""
-    return float(np.linalg.norm(free_forces, axis=1).mean()) if len(free_forces) else 0.0
 
 
 def write_metadata(folder: Path, natoms: Sequence[int], **per_frame: Sequence[float]) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from escaip_fairchem.data import store
-from escaip_fairchem.data.convert import DATASET_FILE, SplitOptions, convert_files
-from escaip_fairchem.data.frames import expand_inputs, read_frames
+from escaip_fairchem.data.convert import SplitOptions, convert_files
+from escaip_fairchem.data.frames import read_frames
+from escaip_fairchem.data.summary import DATASET_FILE
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.energies import (
     Comparison,
@@ -72,7 +73,7 @@ class Split:
     def read(cls, folder: Path) -> Split:
         """Read species, and whether there is stress."""
         numbers, stress = [], True
-        for frame in read_frames(expand_inputs([folder])):
+        for frame in read_frames([folder]):
             numbers.append(frame.atoms.numbers)
             stress &= "stress" in frame.atoms.calc.results
         return cls(folder, numbers, stress)
@@ -176,6 +177,7 @@ def _data(source: Source, target: Path, label: str) -> Path:
         split=source.split,
         keys=source.keys,
         check_units=source.check_units,
+        strict=True,
     )
     (target / DATASET_FILE).unlink()  # the recipe says what is needed of it
     print(f"data: {summary.n_train} train and {summary.n_val} val frames")
