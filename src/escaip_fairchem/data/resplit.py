@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from escaip_fairchem.data import store
+from escaip_fairchem.data.card import CARD_FILE
 from escaip_fairchem.data.fingerprint import composition_key, equal_structures, fingerprint
-from escaip_fairchem.data.frames import free_atoms, read_frames
+from escaip_fairchem.data.frames import free_atoms
 from escaip_fairchem.data.groups import DATASET_FILE, converted_folder, dataset_label
 from escaip_fairchem.data.references import ReferenceFit, RunningRms
+from escaip_fairchem.data.sources import frames_of, over_parts, place_of, plan_of
 from escaip_fairchem.data.splits import split_by_group, split_random
-from escaip_fairchem.data.statistics import over_files
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from escaip_fairchem.data.formats.base import Part
+    from escaip_fairchem.data.plan import Reading
+    from escaip_fairchem.data.references import References
+
 SIDES = ("train", "val", "test")
-CARD = "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ def resplit(
             raise UserError(f"{path} exists; choose another name or pass --overwrite")
     sources = [data / side for side in SIDES if (data / side).is_dir()]
     rows = Rows()
-    files = [path for source in sources for path in store.sorted_shards(source)]
-    for part in over_files(partial(_read, rule), files, workers, "files"):
+    plans = [plan_of([source]) for source in sources]
+    jobs = [(rule, plan.reading, part) for plan in plans for part in plan.parts]
+    for part in over_parts(_read, jobs, workers):
         rows.merge(part)
     _, composition = np.unique(rows.composition, return_inverse=True)
     geometry = equal_structures(composition, np.array(rows.prints))
@@ -130,12 +134,17 @@ def resplit(
     with store.new_folder(out, overwrite) as partial_folder:
         for index, which in enumerate(SIDES[: len(rule.ratios)]):
             store.copy_rows(sources, partial_folder / which, np.flatnonzero(side == index))
-        lines = _write_group(partial_folder, out.resolve(), rows, side == 0, label, comment)
-        _write_card(data, partial_folder, rule, side)
+        references = _write_group(partial_folder, out.resolve(), rows, side == 0, label, comment)
+        _write_card(data, partial_folder, rule, rows, side, references)
     store.copy_file(out / DATASET_FILE, group)
     counts = ", ".join(f"{(side == k).sum()} {SIDES[k]}" for k in range(len(rule.ratios)))
     train_on = f"train on it with: fairchem -c RECIPE dataset={group.stem}  ({group})"
-    return [f"{out}: {counts}; {rule.describe()}", *lines, *leakage(rows, geometry, side), train_on]
+    return [
+        f"{out}: {counts}; {rule.describe()}",
+        f"element references of train: {references.describe()}",
+        *leakage(rows, geometry, side),
+        train_on,
+    ]
 
 
 def assign(rule: Rule, rows: Rows, geometry: np.ndarray) -> np.ndarray:
@@ -191,19 +200,19 @@ def leakage(rows: Rows, geometry: np.ndarray, side: np.ndarray) -> Iterator[str]
             )
 
 
-def _read(rule: Rule, path: Path) -> Rows:
-    """Go through a file."""
+def _read(rule: Rule, reading: Reading, part: Part) -> Rows:
+    """Go through a part."""
     rows = Rows()
     key = rule.within if rule.ordered else rule.by
-    for frame in read_frames([path]):
+    for frame in frames_of(reading, part):
         atoms, info, results = frame.atoms, frame.atoms.info, frame.atoms.calc.results
         values = {"formula": "", "geometry": "", None: ""}
         for name in {key, rule.ordered} - set(values):
             if name not in info:
                 listed = ", ".join(sorted(info)) or "no keys"
-                raise UserError(f"{frame.place}: no info key {name!r}; it has {listed}")
+                raise UserError(f"{place_of(frame)}: no info key {name!r}; it has {listed}")
         rows.group.append(values[key] if key in values else str(info[key]))
-        rows.time.append(_number(info[rule.ordered], frame.place) if rule.ordered else 0.0)
+        rows.time.append(_number(info[rule.ordered], place_of(frame)) if rule.ordered else 0.0)
         rows.sid.append(str(info.get("sid", "")))
         rows.composition.append(composition_key(atoms.numbers))
         cell = atoms.cell.array
@@ -233,7 +242,7 @@ def _rms(squares: Sequence[tuple[float, int]], chosen: np.ndarray) -> float:
 
 def _write_group(
     folder: Path, target: Path, rows: Rows, train: np.ndarray, label: str, comment: str
-) -> list[str]:
+) -> References:
     """Write ``dataset.yaml`` with references and scales of the new training frames."""
     fit = ReferenceFit()
     for index in np.flatnonzero(train):
@@ -252,13 +261,30 @@ def _write_group(
         stress_rms=_rms(rows.stress, train) if with_stress else None,
         comment=comment,
     )
-    return [f"element references of train: {references.describe()}"]
+    return references
 
 
-def _write_card(data: Path, folder: Path, rule: Rule, side: np.ndarray) -> None:
-    """Carry the card of the data over, with the new split."""
-    path = data / CARD
+def _write_card(
+    data: Path, folder: Path, rule: Rule, rows: Rows, side: np.ndarray, references: References
+) -> None:
+    """Carry the card of the data over, with the new split and what it changes."""
+    from ase.data import chemical_symbols
+
+    path = data / CARD_FILE
     card = json.loads(path.read_text()) if path.is_file() else {}
-    card["split"] = rule.describe()
-    card["frames"] = {SIDES[k]: int((side == k).sum()) for k in range(len(rule.ratios))}
-    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+    card.setdefault("conversion", {})["split"] = f"escaip split {data}: {rule.describe()}"
+    card["element_references"] = {
+        "energy": {chemical_symbols[z]: references.values[z] for z in references.elements},
+        "determined": references.determined,
+        "residual_rms": references.rms,
+    }
+    energy, stress = np.array(rows.energy), np.array([n > 0 for _, n in rows.stress])
+    card["sets"] = {
+        SIDES[index]: {
+            "frames": int((side == index).sum()),
+            "frames_with_stress": int(stress[side == index].sum()),
+            "energy": [float(energy[side == index].min()), float(energy[side == index].max())],
+        }
+        for index in range(len(rule.ratios))
+    }
+    (folder / CARD_FILE).write_text(json.dumps(card, indent=1) + "\n")

@@ -1,29 +1,24 @@
-"""Element references and scales of a whole data set, file by file, on several cores."""
+"""Element references and scales of a whole data set, part by part, on several cores."""
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from escaip_fairchem.data.frames import (
-    LabelKeys,
-    expand_inputs,
-    free_atoms,
-    labelled,
-    read_frames,
-)
+from escaip_fairchem.data.frames import free_atoms
 from escaip_fairchem.data.references import NUM_REFERENCES, ReferenceFit, RunningRms
+from escaip_fairchem.data.sources import frames_of, over_parts, place_of, plan_of
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from ase import Atoms
+
+    from escaip_fairchem.data.formats.base import Part
+    from escaip_fairchem.data.frames import LabelKeys
+    from escaip_fairchem.data.plan import Reading
 
 
 @dataclass
@@ -68,62 +63,35 @@ class LabelStatistics:
 
 
 def collect(
-    inputs: Sequence[str | Path], keys: LabelKeys | None = None, workers: int = 1
+    inputs: Sequence[str | Path],
+    keys: LabelKeys | None = None,
+    workers: int = 1,
 ) -> LabelStatistics:
     """Go through all structures of a set.
 
     Args:
-        inputs: Folders of ASE-LMDB files, or files and patterns that ASE reads.
-        keys: Where labels are when there is no calculator.
-        workers: Processes; each takes a file at a time.
+        inputs: Whatever `escaip convert` reads, folders of ASE-LMDB files included.
+        keys: Where labels are when ASE does not find them.
+        workers: Processes.
 
     Raises:
         UserError: If a label is missing, naming file and frame, or there are no structures.
     """
     total = LabelStatistics()
-    task = partial(_of_file, keys or LabelKeys())
-    for part in over_files(task, expand_inputs(inputs), workers, "files"):
+    plan = plan_of(inputs, keys)
+    for part in over_parts(_of_part, [(plan.reading, part) for part in plan.parts], workers):
         total.merge(part)
     if not total.frames:
         raise UserError(f"{', '.join(map(str, inputs))}: no structures")
     return total
 
 
-def over_files(
-    task: Callable[[Path], Any], paths: Sequence[Path], workers: int, what: str
-) -> Iterator[Any]:
-    """Results of a task for each file, in order, with a progress bar.
-
-    Args:
-        task: Function of a path that can be pickled.
-        paths: The files.
-        workers: Processes; 1 works in this one.
-        what: Word for the bar.
-    """
-    from tqdm import tqdm
-
-    with _mapper(min(workers, len(paths))) as mapped:
-        yield from tqdm(mapped(task, paths), total=len(paths), unit=f" {what}", disable=None)
-
-
-@contextmanager
-def _mapper(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    if workers <= 1:
-        yield map
-        return
-    # spawned, because a fork would copy the threads of numpy and torch in an unknown state
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield pool.map
-
-
-def _of_file(keys: LabelKeys, path: Path) -> LabelStatistics:
+def _of_part(reading: Reading, part: Part) -> LabelStatistics:
     found = LabelStatistics()
-    for frame in read_frames([path]):
-        try:
-            found.add(labelled(frame, keys))
-        except UserError as error:
-            raise UserError(f"{frame.place}: {error}") from error
+    for frame in frames_of(reading, part):
+        if "forces" not in (frame.atoms.calc.results if frame.atoms.calc else {}):
+            raise UserError(f"{place_of(frame)}: no energy and forces; give labelled structures")
+        found.add(frame.atoms)
     return found
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,18 +11,18 @@ from scipy.spatial import cKDTree
 
 from escaip_fairchem.data.checks import nearest_neighbors, with_images
 from escaip_fairchem.data.fingerprint import composition_key, fingerprint
-from escaip_fairchem.data.frames import LabelKeys, expand_inputs, free_atoms, labelled, read_frames
+from escaip_fairchem.data.frames import free_atoms
 from escaip_fairchem.data.references import NUM_REFERENCES, ReferenceFit
-from escaip_fairchem.data.statistics import over_files
+from escaip_fairchem.data.sources import frames_of, over_parts, plan_of
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from ase import Atoms
-
-    from escaip_fairchem.data.frames import Frame
+    from escaip_fairchem.data.formats.base import Part
+    from escaip_fairchem.data.frames import Frame, LabelKeys
+    from escaip_fairchem.data.plan import Reading
 
 #: Edges of the histogram of force components, eV/A, 1 % apart.
 FORCE_EDGES = np.concatenate([[0.0], np.geomspace(1e-6, 1e4, 2315)])
@@ -124,72 +124,51 @@ def gather(
     """Look at the structures of a set.
 
     Args:
-        parts: Inputs as for `expand_inputs`, by the name of the part.
+        parts: Whatever `escaip convert` reads, by the name of the part.
         cutoff: Within which neighbours are counted, A.
         use_pbc: False takes every structure for a molecule, for neighbours only.
-        keys: Where labels are when there is no calculator.
+        keys: Where labels are when ASE does not find them.
         sample: Look at about so many, evenly spaced; 0 looks at all.
-        workers: Processes; each takes a file at a time.
+        workers: Processes.
 
     Raises:
         UserError: If there are no structures.
     """
-    files = [(part, path) for part, inputs in parts.items() for path in expand_inputs(inputs)]
-    task = partial(_of_file, keys or LabelKeys(), cutoff, use_pbc, _shares(files, sample))
     total = Facts()
-    for facts in over_files(task, files, workers, "files"):
+    jobs: list[tuple[Any, ...]] = []
+    for name, inputs in parts.items():
+        plan = plan_of(inputs, keys, labelled=False)
+        jobs += [(name, plan.reading, part) for part in plan.parts]
+    shares = _shares([part for _, _, part in jobs], sample)
+    jobs = [(*job, share, cutoff, use_pbc) for job, share in zip(jobs, shares, strict=True)]
+    for facts in over_parts(_of_part, jobs, workers):
         total.merge(facts)
     if not len(total):
-        raise UserError(f"{', '.join(str(path) for _, path in files)}: no structures")
+        raise UserError("no structures in what was given")
     return total
 
 
-def _shares(files: list[tuple[str, Path]], sample: int) -> dict[Path, int]:
-    """How many structures to look at in each file, in proportion to its bytes; 0 for all."""
-    sizes = np.array([path.stat().st_size for _, path in files], dtype=float)
-    shares = np.maximum(1, np.ceil(sample * sizes / sizes.sum())) if sample else 0 * sizes
-    return {path: int(n) for (_, path), n in zip(files, shares, strict=True)}
+def _shares(parts: list[Part], sample: int) -> list[int]:
+    """How many structures to look at in each part, in proportion to its size; 0 for all."""
+    if not sample:
+        return [0] * len(parts)
+    sizes = [
+        part.stop - part.start if part.stop else sum(p.stat().st_size for p in part.paths)
+        for part in parts
+    ]
+    return [max(1, math.ceil(sample * size / sum(sizes))) for size in sizes]
 
 
-def _of_file(
-    keys: LabelKeys, cutoff: float, use_pbc: bool, shares: dict[Path, int], file: tuple[str, Path]
+def _of_part(
+    name: str, reading: Reading, part: Part, sample: int, cutoff: float, use_pbc: bool
 ) -> Facts:
-    part, path = file
     facts = Facts()
-    for frame in evenly(path, shares[path]):
-        _add(facts, part, frame, keys, cutoff, use_pbc)
+    for frame in frames_of(reading, part, sample):
+        _add(facts, name, frame, cutoff, use_pbc)
     return facts
 
 
-def evenly(path: Path, n: int) -> Iterator[Frame]:
-    """About ``n`` frames of a file, evenly spaced; all of them for 0."""
-    from escaip_fairchem.data.frames import Frame
-
-    if not n:
-        yield from read_frames([path])
-    elif path.suffix == ".aselmdb":
-        from ase.db import connect
-
-        database = connect(path, readonly=True, use_lock_file=False)
-        for index in np.linspace(0, len(database.ids) - 1, min(n, len(database.ids))).astype(int):
-            row = database.get(database.ids[index])
-            atoms = row.toatoms()
-            atoms.info = {**row.key_value_pairs, **row.data}
-            yield Frame(atoms, path, int(index))
-    else:  # how many there are is known at the end: every second one goes when there are too many
-        kept: list[Frame] = []
-        stride = 1
-        for frame in read_frames([path]):
-            if frame.index % stride == 0:
-                kept.append(frame)
-            if len(kept) >= 2 * n:
-                kept, stride = kept[::2], 2 * stride
-        yield from kept
-
-
-def _add(
-    facts: Facts, part: str, frame: Frame, keys: LabelKeys, cutoff: float, use_pbc: bool
-) -> None:
+def _add(facts: Facts, part: str, frame: Frame, cutoff: float, use_pbc: bool) -> None:
     from ase.data import chemical_symbols, covalent_radii
     from ase.geometry import complete_cell
 
@@ -203,7 +182,7 @@ def _add(
     facts.periodic.append("".join("FT"[int(axis)] for axis in pbc))
     free = free_atoms(atoms)
     facts.fixed += int((~free).sum())
-    results = _labels(frame, keys)
+    results = atoms.calc.results if atoms.calc is not None else {}
     facts.energy.append(results.get("energy", np.nan))
     facts.stress.append("stress" in results)
     forces = results["forces"][free] if "forces" in results else np.zeros((0, 3))
@@ -225,15 +204,6 @@ def _add(
     facts.distance.append(float(distance[tightest]))
     facts.contact_pair.append("-".join(pair))
     facts.prints.append(fingerprint(numbers, positions, cell, pbc))
-
-
-def _labels(frame: Frame, keys: LabelKeys) -> dict[str, Any]:
-    """Labels of a frame, none if it lacks energy or forces."""
-    try:
-        atoms: Atoms = labelled(frame, keys)
-    except UserError:
-        return {}
-    return atoms.calc.results
 
 
 def neighbor_counts(
