@@ -1,4 +1,4 @@
-"""References, splits, inspection and energies in float64, on real frames and against numpy and ASE."""
+"""References, splits, inspection, float64 energies: on real frames, against numpy and ASE."""
 
 from __future__ import annotations
 
