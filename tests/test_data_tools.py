@@ -12,7 +12,7 @@ import torch
 import yaml
 from ase import Atoms
 from ase.build import bulk
-from ase.data import atomic_numbers
+from ase.data import atomic_numbers, covalent_radii
 from ase.io import read, write
 from ase.neighborlist import neighbor_list
 from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
@@ -151,7 +151,8 @@ def test_references_against_numpy(spice: Path, root: Path, capsys) -> None:
 def test_isolated_atoms_are_kept_and_the_rest_is_fitted(
     by_file: bool, test_data: Path, root: Path, capsys
 ) -> None:
-    source = test_data / "3bpa_sample.extxyz.gz"
+    source = root / "some.extxyz"
+    write(source, read(test_data / "3bpa_sample.extxyz.gz", "::20"))
     isolated = ",".join(f"{symbol}={value!r}" for symbol, value in ISOLATED.items())
     if by_file:
         (root / "atoms.yaml").write_text(yaml.safe_dump(ISOLATED))
@@ -215,7 +216,7 @@ def rotated(atoms: Atoms, rng: np.random.Generator) -> Atoms:
 @pytest.mark.parametrize("name", ["oc20_sample", "spice_sample", "mptrj_sample"])
 def test_equal_geometries(name: str, test_data: Path) -> None:
     rng = np.random.default_rng(0)
-    frames = read(test_data / f"{name}.extxyz.gz", "::60")
+    frames = read(test_data / f"{name}.extxyz.gz", "::120")
     groups = [frames, [rotated(atoms, rng) for atoms in frames]]
     for size in (5e-5, 3e-2):  # rounded to four decimals, and one atom moved
         others = [atoms.copy() for atoms in frames]
@@ -331,25 +332,33 @@ def test_split_that_cannot_be_meant(arguments, message, trajectories: Path, caps
     assert not Path("wrong").exists()
 
 
-def test_facts_against_ase(test_data: Path) -> None:
-    for name, step in {"oc20_sample": 160, "mptrj_sample": 60, "mad_sample": 20}.items():
-        source = test_data / f"{name}.extxyz.gz"
-        facts = gather({"": [source]}, cutoff=5.0, sample=0 if step < 30 else 4)
-        frames = read(source, ":")
+def test_facts_against_ase(test_data: Path, tmp_path: Path) -> None:
+    for name, step in {"oc20_sample": 300, "mptrj_sample": 100, "mad_sample": 10}.items():
+        frames = read(test_data / f"{name}.extxyz.gz", f"::{step}")
+        write(tmp_path / "some.extxyz", frames)
+        facts = gather({"": [tmp_path / "some.extxyz"]}, cutoff=4.0)
         chosen = [frames[index] for _, index in facts.place]
         neighbors = np.concatenate(
-            [np.bincount(neighbor_list("i", a, 5.0), minlength=len(a)) for a in chosen]
+            [np.bincount(neighbor_list("i", a, 4.0), minlength=len(a)) for a in chosen]
         )
         expected = np.bincount(neighbors, minlength=len(facts.neighbors))
         np.testing.assert_array_equal(facts.neighbors, expected)
-        shortest = [neighbor_list("d", a, 6.0).min() for a in chosen[:5]]
-        assert all(d >= s - 1e-9 for d, s in zip(facts.distance, shortest, strict=False))
+        i, j, d = neighbor_list("ijd", chosen[-1], 4.0)
+        ratio = d / covalent_radii[chosen[-1].numbers[np.stack([i, j])]].sum(axis=0)
+        assert facts.contact[-1] == pytest.approx(_nearest(i, d, ratio), rel=1e-9)
         np.testing.assert_array_equal(facts.element_atoms, counts_of(chosen).sum(axis=0))
         free = [np.delete(a.get_forces(apply_constraint=False), fixed(a), axis=0) for a in chosen]
         components = np.concatenate([forces.ravel() for forces in free])
         assert facts.force_rms == pytest.approx(np.sqrt(np.mean(components**2)))
         exact = np.quantile(np.abs(components), 0.99, method="inverted_cdf")
         assert exact <= facts.force_quantile(0.99) <= 1.011 * exact + FORCE_EDGES[1]
+
+
+def _nearest(owner: np.ndarray, distance: np.ndarray, ratio: np.ndarray) -> float:
+    """Smallest ratio among the nearest neighbours of each atom."""
+    order = np.lexsort((distance, owner))
+    _, first = np.unique(owner[order], return_index=True)
+    return ratio[order][first].min()
 
 
 def fixed(atoms: Atoms) -> list[int]:

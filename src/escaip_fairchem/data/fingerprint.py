@@ -2,8 +2,7 @@
 
 A hash of rounded numbers misses equal structures whose numbers lie on either side of a rounding
 step. Here a structure has a few smooth invariants, and two are equal where all of them agree to
-what moving every atom by 1e-4 A at random may change. On relaxations of OC20, frames that are taken
-for equal have no atom that moved by more than a few 1e-3 A.
+what rounding of positions to 1e-4 A may change.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from escaip_fairchem.data.checks import with_images
 
 REACH = 5.0  # A, of the invariants of periodic structures
 RADIAL = 8  # waves over the distance, each with two weights by species
-MOVED = 1e-4  # A, by which every atom may differ
+# What a sum may differ by, times the square root of its pairs: above what positions rounded to
+# four decimals change, far below the move of a single atom by 0.01 A.
+ALLOWED = 5e-4
 WINDOW = 64  # structures compared with each one; more equal ones form chains
 
 
@@ -31,8 +32,8 @@ def fingerprint(
         pbc: (3,).
 
     Returns:
-        What moving every atom by `MOVED` may change in the others, then sums of radial functions
-        over pairs, (1 + 2 RADIAL,).
+        What the others may differ by in equal structures, then sums of radial functions over
+        pairs, (1 + 2 RADIAL,).
     """
     points, owner = with_images(positions, cell, pbc, REACH)
     if pbc.any():
@@ -51,7 +52,7 @@ def fingerprint(
     # of the order of 1 for any element, so that a light atom counts as much as a heavy one
     species = np.sin(numbers)
     weights = np.stack([np.ones(len(d)), species[i] * species[j]])
-    return np.append(MOVED * np.sqrt(len(d)), weights @ waves.T)
+    return np.append(ALLOWED * np.sqrt(len(d)), weights @ waves.T)
 
 
 def composition_key(numbers: np.ndarray) -> str:
