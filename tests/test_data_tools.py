@@ -75,8 +75,8 @@ def test_residuals_of_large_totals_are_exact(spice: Path) -> None:
     expected = totals - counts_of(ordered) @ values
     assert totals.min() < -50_000
     task = Task(
-        "energy", "system", "energy", OutputSpec([1], "float32"),
-        DDPMTLoss(MAELoss(), reduction="sum"), Normalizer(0.0, 1.0),
+        name="energy", level="system", property="energy", out_spec=OutputSpec([1], "float32"),
+        loss_fn=DDPMTLoss(MAELoss(), reduction="sum"), normalizer=Normalizer(0.0, 1.0),
         element_references=ElementReferences(torch.DoubleTensor(values)),
         datasets=["spice"], metrics=["mae"],
     )  # fmt: skip
@@ -86,7 +86,7 @@ def test_residuals_of_large_totals_are_exact(spice: Path) -> None:
             use_exact_energy(batch)
         guess = torch.tensor(expected[:, None], requires_grad=True)
         losses = compute_loss([task], {"energy": {"energy": guess}}, batch)
-        errors[name] = float(losses["energy"]) / len(ordered)
+        errors[name] = losses["energy"].item() / len(ordered)
     assert errors["float32"] > 1e-4
     assert errors["float64"] < 1e-8
 

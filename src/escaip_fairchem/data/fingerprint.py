@@ -15,8 +15,9 @@ from escaip_fairchem.data.checks import with_images
 REACH = 5.0  # A, of the invariants of periodic structures
 RADIAL = 8  # waves over the distance, each with two weights by species
 # What a sum may differ by, times the square root of its pairs: above what positions rounded to
-# four decimals change, far below the move of a single atom by 0.01 A.
-ALLOWED = 5e-4
+# four decimals change. In relaxations of OC20, the atom that moved most between frames taken for
+# equal moved by 1e-3 A in the median, and by 6e-3 A at most.
+ALLOWED = 3e-4
 WINDOW = 64  # structures compared with each one; more equal ones form chains
 
 
