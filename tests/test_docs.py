@@ -12,9 +12,11 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from docs_helpers import BLOCK, ROOT, blocks, calls, carry_out, quick_start_calls
 from escaip_fairchem.config import EScAIPConfig
+from escaip_fairchem.data.datasets import PUBLISHED
 from escaip_fairchem.reference import MEANINGS, RECIPE_KEYS, markdown, recipe_keys
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 # The tutorial of fine-tuning has a test of its own.
 PAGES = [ROOT / "README.md", *sorted({*ROOT.glob("docs/*.md")} - {ROOT / "docs/finetuning.md"})]
-REASONS = {"needs the network", "needs a browser", "takes minutes"}
+REASONS = {"needs the network", "needs a browser", "needs the published files", "takes minutes"}
 LANGUAGES = {"bash", "python", "text", "yaml"}
 
 
@@ -65,6 +67,20 @@ def test_every_block_is_known() -> None:
         assert text.count("not run:") == sum(bool(block.excuse) for block in blocks(page))
         outside = BLOCK.sub("", text)
         assert not re.search(r"^ {4,}(\$ )?(escaip|fairchem|pip|python) ", outside, flags=re.M)
+
+
+def test_commands_for_published_data_are_those_of_the_error(tmp_path: Path) -> None:
+    """Whoever lacks a recipe's data is told the command that docs/data.md explains."""
+    found = set()
+    for block in blocks(ROOT / "docs" / "data.md"):
+        if block.excuse:
+            for call in calls(block.code, tmp_path / "bash"):
+                found.add(" ".join([call.program, *call.arguments]))
+    for name, arguments in PUBLISHED.items():
+        assert f"escaip convert {arguments.format(out=f'data/{name}')}" in found
+        groups = [*ROOT.glob(f"src/escaip_fairchem/configs/*/dataset/{name}.yaml")]
+        (dataset,) = (yaml.safe_load(group.read_text())["dataset"] for group in groups)
+        assert (dataset["train"], dataset["val"]) == (f"{name}/train", f"{name}/val")
 
 
 def anchors(page: Path) -> set[str]:

@@ -251,8 +251,25 @@ def test_data_loader_takes_it_also_from_spawned_workers(sample_folder):
     [
         ("oc20", "oc20/sample/train", "escaip sample-data oc20"),
         ("spice", "spice/sample/val", "escaip sample-data spice"),
-        ("mptrj", "mptrj/train", "escaip convert IN {root}/mptrj"),
-        ("oc22", "oc22_total/val", "escaip convert IN {root}/oc22_total --label oc22"),
+        ("mine", "mine/train", "escaip convert IN {root}/mine"),
+        ("mine", "other/val", "escaip convert IN {root}/other --label mine"),
+        (
+            "oc20",
+            "oc20_2m/train",
+            "escaip convert s2ef_train_2M {root}/oc20_2m --val s2ef_val_id --label oc20 "
+            "--name oc20_2m_fitted",
+        ),
+        (
+            "mptrj",
+            "mptrj/train",
+            "escaip convert MPtrj_2022.9_full.json {root}/mptrj --split-by sid --val-fraction 0.05",
+        ),
+        (
+            "oc22",
+            "oc22_total/val",
+            "escaip convert s2ef-total/train {root}/oc22_total --val s2ef-total/val_id "
+            "--label oc22",
+        ),
     ],
 )
 def test_missing_data_is_named_with_the_command_that_makes_it(

@@ -187,9 +187,9 @@ def by_numpy(folder: Path, table: dict[float, dict[str, np.ndarray]]) -> dict[st
     """The metrics by their definitions, from labels and predictions per structure."""
     energy, per_atom, force, cosine, magnitude, stress, within = [], [], [], [], [], [], []
     for atoms in stored(folder / "frames"):
-        label = np.float32(atoms.get_potential_energy())
-        said = table[float(label)]
-        error = said["energy"] - np.float64(label)
+        label = atoms.get_potential_energy()  # whole in float64; fairchem's is float32
+        said = table[float(np.float32(label))]
+        error = said["energy"] - label
         energy.append(abs(error))
         per_atom.append(abs(error) / len(atoms))
         labels = atoms.get_forces(apply_constraint=False).astype(np.float32).astype(float)

@@ -14,8 +14,11 @@ from escaip_fairchem.commands import (
     finetune,
     import_checkpoint,
     info,
+    inspect,
     plot,
+    references,
     sample_data,
+    split,
 )
 from escaip_fairchem.errors import UserError
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 COMMANDS = (
     sample_data,
     convert,
+    inspect,
+    references,
+    split,
     import_checkpoint,
     finetune,
     info,

@@ -167,7 +167,7 @@ def nearest_neighbors(
         Distances (N,), infinite where nothing is within the shell, and neighbour indices (N,),
         which then are N.
     """
-    points, owner = _with_images(positions, cell, pbc, shell)
+    points, owner = with_images(positions, cell, pbc, shell)
     distance, index = cKDTree(points).query(points[: len(positions)], k=2)
     # The nearest point is the atom itself, or an atom on top of it: either way the distance of
     # the second entry is right, and only the index of coincident atoms may be the atom's own.
@@ -177,7 +177,7 @@ def nearest_neighbors(
     return np.where(found, distance[:, 1], np.inf), neighbor
 
 
-def _with_images(
+def with_images(
     positions: np.ndarray, cell: np.ndarray, pbc: np.ndarray, shell: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Wrap atoms into the cell and add the images within ``shell`` of its faces.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from fairchem.core.datasets.ase_datasets import AseDBDataset
 from fairchem.core.datasets.mt_concat_dataset import ConcatDataset, create_concat_dataset
 from omegaconf import OmegaConf
 
+from escaip_fairchem.data.energies import with_exact_energy
 from escaip_fairchem.data.sample import DOMAINS
 from escaip_fairchem.data.store import data_root
 from escaip_fairchem.errors import UserError
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 
 DATABASE_SUFFIXES = (".aselmdb", ".db")
 LEGACY_SUFFIX = ".lmdb"  # of fairchem 1
+# What makes the folders that the recipes' own groups name, from the published files.
+PUBLISHED = {
+    "oc20_2m": "s2ef_train_2M {out} --val s2ef_val_id --label oc20 --name oc20_2m_fitted",
+    "oc20_all_md": "s2ef_train_all s2ef_md {out} --val s2ef_val_id --label oc20 "
+    "--name oc20_all_md_fitted",
+    "oc20_total": "s2ef_train_all s2ef_md s2ef_rattled {out} --val s2ef_val_id "
+    "--set energy=total --label oc20",
+    "oc22_total": "s2ef-total/train {out} --val s2ef-total/val_id --label oc22",
+    "mptrj": "MPtrj_2022.9_full.json {out} --split-by sid --val-fraction 0.05",
+    "spice": "train_large_neut_no_bad_clean.xyz {out} --val-fraction 0.05",
+    "md22": "md22_DHA.npz {out} --val-fraction 0.05",
+}
 STRESS_PROBES = 100  # structures looked at to tell whether a data set has stress
 # Of fairchem's ``create_dataset``, those that make sense for one split of one data set.
 OPTIONS = ("first_n", "max_atoms", "metadata_path", "no_shuffle", "sample_n", "seed", "subset_to")
@@ -35,8 +48,12 @@ class SpawnSafeAseDBDataset(AseDBDataset):
     cannot be pickled: the worker opens the files again.
 
     Where stress is loaded, a structure without one gets infinities, which fairchem's losses and
-    metrics leave out.
+    metrics leave out. Energies are given in float64 too, under ``energies.EXACT_ENERGY``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.a2g = partial(with_exact_energy, self.a2g)
 
     @cached_property
     def _metadata(self) -> dict[str, np.ndarray]:
@@ -161,11 +178,13 @@ def _find_data(name: str, split: str, path: Path) -> Path:
     command = f"escaip convert IN {candidates[0].parent if folder else 'OUT'}"
     if folder and folder.name == "sample" and folder.parent.name in DOMAINS:
         command = f"escaip sample-data {folder.parent.name}"
+    elif folder and str(folder) in PUBLISHED:
+        command = f"escaip convert {PUBLISHED[str(folder)].format(out=data_root() / folder)}"
     elif folder and folder.name != name:
         command += f" --label {name}"
     raise UserError(
         f"data set {name}, split {split}: {looked_for} {state}; make it with `{command}` "
-        "(ESCAIP_DATA is the data root, ./data by default)"
+        "(ESCAIP_DATA is the data root, ./data by default; docs/data.md)"
     )
 
 

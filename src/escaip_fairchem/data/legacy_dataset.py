@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fairchem.core.datasets.ase_datasets import AseAtomsDataset
 from tqdm import tqdm
 
+from escaip_fairchem.data.energies import with_exact_energy
 from escaip_fairchem.data.formats.legacy_lmdb import (
     connect,
     fields_of,
@@ -45,6 +46,10 @@ class LegacyLmdbDataset(AseAtomsDataset):
     Raises:
         UserError: If a file is damaged, or a folder has none.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.a2g = partial(with_exact_energy, self.a2g)
 
     def _load_dataset_get_ids(self, config: dict[str, Any]) -> range:
         """List the files and the keys in them."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from escaip_fairchem.data.energies import exact_energy
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -52,6 +54,7 @@ def baseline_metrics(structures: Iterable[Any], tasks: Sequence[Any]) -> dict[st
             name = f"val/{data.dataset_name},{task.name}"
             label = data[task.name].double().numpy()
             if task.property == "energy":
+                label = exact_energy(data).numpy()
                 error = np.abs(label - energy_baseline(task, data.atomic_numbers.numpy()))
                 errors[f"{name},mae"].append(error)
                 errors[f"{name},per_atom_mae"].append(error / len(data.pos))

@@ -11,6 +11,7 @@ from fairchem.core.common import distutils
 from fairchem.core.units.mlip_unit import mlip_unit
 from fairchem.core.units.mlip_unit.utils import tf32_context_manager
 
+from escaip_fairchem.data.energies import use_exact_energy
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.counting import loss_counts, summed
 
@@ -120,6 +121,7 @@ class EvalUnit(mlip_unit.MLIPEvalUnit):
             torch.autocast(device_type(), enabled=self.autocast_enabled, dtype=self.autocast_dtype),
         ):
             predictions = self.model(data)
+        use_exact_energy(data)
         self._add_losses(predictions, data)
         in_float64 = {
             task.name: {task.property: predictions[task.name][task.property].double()}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from escaip_fairchem.data.energies import exact_energy
 from escaip_fairchem.train.baselines import energy_baseline, evenly_spaced
 from escaip_fairchem.train.runner import instantiate
 
@@ -113,7 +114,7 @@ def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parit
         columns.append(
             (
                 batch.natoms.numpy(),
-                batch.energy.numpy(),
+                exact_energy(batch).numpy(),
                 predicted["energy"],
                 np.array([energy_baseline(energy_task, each) for each in numbers]),
                 np.concatenate(numbers),

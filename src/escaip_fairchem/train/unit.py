@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from escaip_fairchem.data.energies import use_exact_energy
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.averaging import warmed_up_average
 from escaip_fairchem.train.counting import loss_counts, loss_weights, summed
@@ -167,6 +168,7 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             device_type(), enabled=self.autocast_enabled, dtype=self.autocast_dtype
         ):
             predictions = self.model(batch)
+            use_exact_energy(batch)
             losses = mlip_unit.compute_loss(self._losses, predictions, batch)
         return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
 

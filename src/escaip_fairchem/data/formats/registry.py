@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.errors import UserError
@@ -32,8 +31,7 @@ def formats() -> Iterator[type[Format]]:
     """Import the formats one after the other."""
     for dotted in FORMATS:
         module, name = dotted.split(".")
-        if find_spec(f"{PACKAGE}.{module}"):
-            yield getattr(import_module(f"{PACKAGE}.{module}"), name)
+        yield getattr(import_module(f"{PACKAGE}.{module}"), name)
 
 
 def find_format(paths: Sequence[Path], name: str | None = None) -> type[Format]:
