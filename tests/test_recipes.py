@@ -309,7 +309,8 @@ def test_every_recipe_says_what_to_know_and_has_the_same_choices() -> None:
         for word in ("ource of every number", "Hardware:", "Cost, ", "To expect: "):
             ours = "every number is chosen here" in header and word.startswith("ource")
             assert word in header or ours or recipe == FEW, f"{recipe}: {word}"
-        found = {next(iter(item)) for item in yaml.safe_load(text)["defaults"] if item != "_self_"}
+        defaults = yaml.safe_load(text)["defaults"]
+        found = {next(iter(item)) for item in defaults if isinstance(item, dict)}
         assert found >= choices, recipe
 
 
@@ -342,6 +343,8 @@ def test_few_frames_keeps_its_scale_for_any_data(data_root: Path) -> None:
     unit = compose(FEW, "dataset=mine").runner.train_eval_unit
     assert [task.normalizer.rmsd for task in unit.tasks] == [0.3, 0.3]
     assert unit.tasks[0].element_references.element_references._args_[0] == [1.0] * 120
+    chosen = compose(FEW, "dataset=mine", "element_refs=zero").runner.train_eval_unit.tasks[0]
+    assert set(chosen.element_references.element_references._args_[0]) == {0.0}
     assert compose(FEW, "normalizer.rmsd=2").runner.train_eval_unit.tasks[0].normalizer.rmsd == 2
 
 

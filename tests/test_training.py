@@ -190,7 +190,7 @@ def test_absent_data_is_the_last_line(workplace: Path) -> None:
         fairchem(workplace, "recipe.yml", "cluster=cpu", "backbone=tiny", "dataset=oc20_2m")
     )
     assert "UserError" in line
-    assert str(workplace / "data" / "oc20" / "s2ef" / "train" / "2M") in line
+    assert str(workplace / "data" / "oc20_2m" / "train") in line
     assert "escaip convert" in line
 
 

@@ -11,8 +11,8 @@ or files that ASE reads. Energies of elements are fitted by least squares over c
 float64. `--isolated H=-13.587,C=-1029.49`, or a YAML file of such pairs, sets elements, and the
 others are fitted to what is left.
 
---name NAME writes $ESCAIP_DATA/configs/element_refs/NAME.yaml, for `element_refs=NAME` with data
-that has no references of its own, and of a folder of `escaip convert` also
+--name NAME writes $ESCAIP_DATA/configs/element_refs/NAME.yaml, for `element_refs=NAME` with any
+data (in place of references that the data brings), and of a folder of `escaip convert` also
 $ESCAIP_DATA/configs/dataset/NAME.yaml, for `dataset=NAME`.
 """
 
