@@ -127,6 +127,12 @@ def test_only_data_sets_are_replaced(tmp_path):
     assert (folder / "thesis.tex").read_text() == "precious"
 
 
+def test_a_setting_that_is_no_yaml(tmp_path, capsys):
+    argv = ["convert", str(tmp_path / "x"), str(tmp_path / "out"), "--set", "energy_key=[1"]
+    assert main(argv) == 2
+    assert "--set energy_key=[1: the value is no YAML" in capsys.readouterr().err
+
+
 def test_reasons_are_one_short_line():
     reason = work.reason_of(UserError("a\nb\ud800" + "c" * 10_000))
     assert reason.startswith("a b\\ud800c")

@@ -116,6 +116,8 @@ _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT4U: 4,
     pickletools.TAKEN_FROM_ARGUMENT8U: 8,
 }
+# Bytes after the opcodes that are followed by so many and number nothing: nearly all there are.
+_PLAIN = [-1 if code == pickle.LONG_BINPUT[0] else _ARGUMENTS.get(code, -1) for code in range(256)]
 _TWO_LINES = pickle.GLOBAL + pickle.INST
 
 
@@ -125,9 +127,12 @@ def _check_memo(data: bytes, start: int) -> None:
     Python keeps a table as long as the largest number, so ten bytes could fill the memory. A number
     must be found as such, not among values, hence the walk over the opcodes.
     """
-    position, end = start, len(data)
-    while position < end and data[position] != pickle.STOP[0]:
-        code, position = data[position], position + 1
+    position, end, plain, stop = start, len(data), _PLAIN, pickle.STOP[0]
+    while position < end and (code := data[position]) != stop:
+        position += 1
+        if (size := plain[code]) >= 0:
+            position += size
+            continue
         size = _ARGUMENTS.get(code)
         if size is None:
             return  # the unpickler says what is wrong
