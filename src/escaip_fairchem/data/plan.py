@@ -78,11 +78,11 @@ class Plan:
             "split key": reading.split_key,
             "labelled": reading.labelled,
             "parts": [
-                [[str(path.absolute()) for path in part.paths], part.start, part.stop, is_val]
+                [[str(path.resolve()) for path in part.paths], part.start, part.stop, is_val]
                 for part, is_val in zip(self.parts, self.is_val, strict=True)
             ],
             "files": {
-                str(path.absolute()): [status.st_size, status.st_mtime_ns]
+                str(path.resolve()): [status.st_size, status.st_mtime_ns]
                 for path, status in ((path, path.stat()) for path in self.files)
             },
         }
