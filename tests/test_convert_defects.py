@@ -14,6 +14,7 @@ from ase.io import write
 
 from data_helpers import labelled_atoms, stored
 from escaip_fairchem.cli import main
+from escaip_fairchem.data import work
 from escaip_fairchem.data.convert import convert
 from escaip_fairchem.data.formats import registry
 from escaip_fairchem.data.formats.base import Card, Format, Part, Record
@@ -89,6 +90,70 @@ def test_a_truncated_archive_gives_what_is_whole(tmp_path):
     assert "EOFError" in reason
     assert 20 < index < 180
     assert indices(tmp_path / "out", "train", "val") == list(range(index))
+
+
+def test_blank_lines_do_not_end_a_file(tmp_path):
+    texts = frames_as_text(4, tmp_path)
+    (tmp_path / "in.extxyz").write_text("\n".join([*texts[:2], "", *texts[2:], ""]))
+    convert([tmp_path / "in.extxyz"], tmp_path / "out")
+    assert indices(tmp_path / "out", "train", "val") == [0, 1, 2, 3]
+
+
+def test_an_input_given_twice_is_refused(tmp_path):
+    """Its frames would be doubled, and their twins on the other side of the split."""
+    source = tmp_path / "plain.extxyz"
+    frames_as_text(4, tmp_path)
+    (tmp_path / "link.extxyz").symlink_to(source)
+    for other in (source, tmp_path / "link.extxyz"):
+        with pytest.raises(UserError, match=r"plain\.extxyz is given twice"):
+            convert([source, other], tmp_path / "out")
+        with pytest.raises(UserError, match=r"plain\.extxyz is given twice"):
+            convert([source], tmp_path / "out", val=[other])
+
+
+def test_only_data_sets_are_replaced(tmp_path):
+    """The last input may stand where OUT was forgotten."""
+    frames_as_text(4, tmp_path)
+    source, other = tmp_path / "plain.extxyz", tmp_path / "other.extxyz"
+    other.write_bytes(source.read_bytes())
+    with pytest.raises(UserError, match=r"other\.extxyz is a file; name the folder to make last"):
+        convert([source], other, overwrite=True)
+    assert other.read_bytes() == source.read_bytes()
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="results is no converted data set, so it is not replaced"):
+        convert([source], folder, overwrite=True)
+    assert (folder / "thesis.tex").read_text() == "precious"
+
+
+def test_a_setting_that_is_no_yaml(tmp_path, capsys):
+    argv = ["convert", str(tmp_path / "x"), str(tmp_path / "out"), "--set", "energy_key=[1"]
+    assert main(argv) == 2
+    assert "--set energy_key=[1: the value is no YAML" in capsys.readouterr().err
+
+
+def test_reasons_are_one_short_line():
+    reason = work.reason_of(UserError("a\nb\ud800" + "c" * 10_000))
+    assert reason.startswith("a b\\ud800c")
+    assert len(reason) < 600
+
+
+def test_wrong_units_are_found_early(tmp_path, monkeypatch):
+    """Not after all of a large set was read."""
+    frames = labelled_atoms(12)
+    for atoms in frames:
+        results = atoms.calc.results
+        results["forces"] = 30 * results["forces"] / np.sqrt(np.mean(results["forces"] ** 2))
+    write(tmp_path / "in.traj", frames)
+    taken = []
+    take = work._take
+    monkeypatch.setattr(work, "_take", lambda *args: (taken.append(1), take(*args)))
+    monkeypatch.setattr(work, "RECORDS_PER_CHUNK", 4)
+    with pytest.raises(UserError, match=r"in\.traj, first 4 frames: the median force rms.* is 30"):
+        convert([tmp_path / "in.traj"], tmp_path / "out")
+    assert len(taken) == 4
+    convert([tmp_path / "in.traj"], tmp_path / "out", check_units=False)
 
 
 class Numbered(Format):

@@ -201,6 +201,16 @@ def test_other_options_or_inputs_do_not_go_on(small, monkeypatch):
     assert convert([source], out, overwrite=True)[0].n_train == 8
 
 
+def test_other_spellings_of_the_inputs_go_on(small, monkeypatch):
+    interrupted([small / "in.traj"], small / "out", monkeypatch)
+    (small / "elsewhere").mkdir()
+    monkeypatch.chdir(small / "elsewhere")
+    reads = []
+    monkeypatch.setattr(work, "_take", counted(reads, work._take))
+    convert(["../in.traj"], small / "out")
+    assert reads == [23 - 3 * 5]
+
+
 def test_the_split_may_change(small, monkeypatch):
     """It is made in the end, so nothing is read again for another seed."""
     from escaip_fairchem.data.convert import SplitOptions

@@ -8,6 +8,7 @@ import io
 import lzma
 import os
 import pickle
+import struct
 import zipfile
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from escaip_fairchem.data.datasets import create_dataset
 from escaip_fairchem.data.formats import extxyz, safe_pickle
 from escaip_fairchem.data.formats.legacy_lmdb import LegacyLmdb
 from escaip_fairchem.data.formats.legacy_record import structures_of
+from escaip_fairchem.data.formats.lmdb_pages import NumberedEntries
 from escaip_fairchem.data.formats.oc20_text import OC20Text
 from escaip_fairchem.errors import UserError
 from oc_files import (
@@ -421,6 +423,67 @@ def test_damaged_lmdb(tmp_path):
         path.write_bytes(b"what is this" * 1000)
 
 
+def damage(path: Path, page: int) -> None:
+    """Fill a page with numbers that lead anywhere."""
+    with path.open("r+b") as file:
+        file.seek(4096 * page)
+        file.write(np.random.default_rng(0).bytes(4096))
+
+
+@pytest.mark.parametrize("kind", ["leaf", "value"])
+def test_a_damaged_lmdb_page_costs_its_own_entries(kind, tmp_path):
+    """The pages are found by the library, in the undamaged file."""
+    path = tmp_path / "data.lmdb"
+    frames = slabs(6) * 80  # entries of several pages
+    write_lmdb(path, [pickled(s2ef_fields(atoms), 2) for atoms in frames[:6]] * 80)
+    whole = path.read_bytes()
+    heads = [struct.unpack_from("<QHH", whole, start) for start in range(0, len(whole), 4096)]
+    flag = 2 if kind == "leaf" else 4
+    page = next(i for i, (own, _, kinds) in enumerate(heads[2:], 2) if own == i and kinds == flag)
+    damage(path, page)
+    reader = LegacyLmdb()
+    records = [record for part in reader.parts([tmp_path]) for record in reader.read(part)]
+    lost = [record for record in records if record.id is None]
+    with pytest.raises(UserError, match=f"the {'page' if kind == 'leaf' else 'key 0'}.*damaged"):
+        lost[0].build()
+    assert len(lost) == 1
+    kept = [record for record in records if record.id is not None]
+    assert [record.index for record in records] == list(range(len(records)))
+    assert len(frames) // 2 < len(kept) < len(frames)
+    for record in kept:
+        np.testing.assert_array_equal(
+            record.build().positions, frames[int(record.name)].positions.astype(np.float32)
+        )
+    with pytest.raises(UserError, match=r"data\.lmdb: the .* is damaged"):
+        LegacyLmdbDataset({"src": str(path)})
+
+
+def test_any_damage_of_lmdb_is_survived(tmp_path):
+    """What is given for a key is its value, unless the damage is in the value itself."""
+    path = tmp_path / "data.lmdb"
+    random = np.random.default_rng(0)
+    values = [random.bytes(size) for size in random.choice([40, 300, 3000, 9000], 200)]
+    write_lmdb(path, values)
+    whole = path.read_bytes()
+    pages = range(0, len(whole), 4096)
+    tree = [i for i in pages if struct.unpack_from("<H", whole, i + 10)[0] in (1, 2)]
+    outcomes = set()
+    for start in [*tree, *pages[:2]] * 4:
+        spoiled = bytearray(whole)
+        for place in start + random.integers(0, 64, 3):
+            spoiled[place] ^= 1 << random.integers(8)
+        path.write_bytes(spoiled)
+        try:
+            entries = NumberedEntries(path)
+        except UserError:
+            outcomes.add("refused")
+            continue
+        outcomes.add("damaged" if entries.damaged else "whole")
+        for key in entries.keys.tolist():
+            assert len(entries[key]) <= len(whole)
+    assert outcomes >= {"refused", "damaged"}
+
+
 # Hostile pickles
 
 
@@ -475,6 +538,39 @@ def test_hostile_pickles_are_refused(tmp_path):
         assert not canary.exists(), name
     pickle.loads(cases["os.system"][0])  # what it would have done
     assert canary.exists()
+
+
+def test_small_pickles_take_no_large_memory():
+    """Each would fill gigabytes, or show what memory holds."""
+    text = b"\x80\x02"
+    array = (
+        text + b"cnumpy\nndarray\n)R(K\x01J\x00\xe1\xf5\x05\x85cnumpy\ndtype\n(U\x02f8tR\x89Ntb."
+    )
+    expanded = torch.zeros(1).expand(10**9)
+    storage = (
+        text
+        + b"ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK"
+        b"\x01tQ}U\x04dataNsbK\x00K\x05\x85K\x01\x85\x89NtR."
+    )
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("a/data.pkl", pickle.dumps(1))
+    state = io.BytesIO()
+    with zipfile.ZipFile(state, "w") as packed:
+        packed.writestr("a/data.pkl", storage)
+        packed.writestr("a/data/0", bytes(4))
+    cases = {
+        "numbers a value 4294967295": text + b"]r\xff\xff\xff\xff.",
+        "numbers a value 99999999": text + b"]p99999999\n.",
+        "values are a NoneType": array,
+        "tensor of 1000000000 values": pickle.dumps(expanded),
+        "compressed inside": archive.getvalue(),
+        "no attribute '__dict__'": state.getvalue(),
+    }
+    for reason, data in cases.items():
+        with pytest.raises(UserError, match=reason):
+            safe_pickle.loads(data)
+    assert safe_pickle.loads(text + b"]r\x05\x00\x00\x000h\x05.") == []  # what pickle allows
 
 
 def test_hostile_records_cost_themselves(tmp_path):

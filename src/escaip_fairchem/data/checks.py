@@ -104,6 +104,22 @@ def check_labels(
         )
 
 
+def check_scales(force_rms: np.ndarray, stress_rms: np.ndarray) -> None:
+    """Judge the units of forces and stresses by the typical size of many structures.
+
+    Args:
+        force_rms: Force rms of every structure, eV/A, NaN where there are no forces.
+        stress_rms: The same of stresses, eV/A^3.
+
+    Raises:
+        UserError: As for `check_force_scale` and `check_stress_scale`.
+    """
+    for values, check in ((force_rms, check_force_scale), (stress_rms, check_stress_scale)):
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            check(finite)
+
+
 def check_force_scale(frame_rms: list[float]) -> None:
     """Raise if the typical force of a whole set suggests a smaller energy unit than eV.
 

@@ -107,6 +107,8 @@ def convert_files(
         strict=chosen.strict,
     )
     fingerprint = plan.fingerprint
+    if overwrite:
+        store.check_replaceable(out)
     if not overwrite and not is_published(out, fingerprint):  # before the work, not after it
         if out.exists():
             raise UserError(f"{out} exists; choose another folder or pass --overwrite")

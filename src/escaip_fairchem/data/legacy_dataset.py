@@ -13,10 +13,8 @@ from tqdm import tqdm
 
 from escaip_fairchem.data.energies import with_exact_energy
 from escaip_fairchem.data.formats.legacy_lmdb import (
-    connect,
     fields_of,
     files_of,
-    keys_of,
     open_lmdb,
     read_references,
 )
@@ -26,8 +24,9 @@ from escaip_fairchem.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import lmdb
     from ase import Atoms
+
+    from escaip_fairchem.data.formats.lmdb_pages import NumberedEntries
 
 NATOMS_SUFFIX = ".natoms.npz"  # beside an LMDB file: its atom counts
 
@@ -54,13 +53,14 @@ class LegacyLmdbDataset(AseAtomsDataset):
     def _load_dataset_get_ids(self, config: dict[str, Any]) -> range:
         """List the files and the keys in them."""
         self._files = files_of(self.paths)
-        self._keys = []
-        for file in self._files:
-            with open_lmdb(file) as database:
-                self._keys.append(keys_of(database))
-        self._ends = np.cumsum([len(keys) for keys in self._keys])
-        self._environments: dict[int, lmdb.Environment] = {}
-        self._owner = os.getpid()
+        self._entries = [open_lmdb(file) for file in self._files]
+        for entries in self._entries:
+            if entries.damaged:
+                raise UserError(
+                    f"{entries.path}: the {entries.damaged[0]} of the LMDB file is damaged; "
+                    "download it again, or convert what is whole (`escaip convert`)"
+                )
+        self._ends = np.cumsum([len(entries.keys) for entries in self._entries])
         return range(int(self._ends[-1]))
 
     def get_atoms(self, idx: int) -> Atoms:
@@ -70,11 +70,12 @@ class LegacyLmdbDataset(AseAtomsDataset):
             UserError: Naming the file and the key of a damaged or refused structure.
         """
         where = int(np.searchsorted(self._ends, idx, side="right"))
-        key = int(self._keys[where][idx - self._ends[where]])  # counted from the file's end
+        entries = self._entries[where]
+        key = int(entries.keys[idx - self._ends[where]])  # counted from the file's end
         path = self.config.get("oc20_references")
         try:
             atoms = to_atoms(
-                fields_of(self._environment(where), key),
+                fields_of(entries, key),
                 references=read_references(path) if path else None,
             )
         except UserError as error:
@@ -83,14 +84,6 @@ class LegacyLmdbDataset(AseAtomsDataset):
         if (self.config.get("a2g_args") or {}).get("r_stress") and atoms.calc is not None:
             atoms.calc.results.setdefault("stress", np.full(6, np.inf))  # left out of losses
         return atoms
-
-    def _environment(self, where: int) -> lmdb.Environment:
-        """The open file; opened again in a forked process, which must not share it."""
-        if self._owner != os.getpid():
-            self._environments, self._owner = {}, os.getpid()
-        if where not in self._environments:
-            self._environments[where] = connect(self._files[where])
-        return self._environments[where]
 
     @cached_property
     def _metadata(self) -> dict[str, np.ndarray]:
@@ -104,7 +97,8 @@ class LegacyLmdbDataset(AseAtomsDataset):
 
     def _count_atoms(self, where: int) -> np.ndarray:
         """Atoms of each structure of a file, (N,) int64, from the file beside it if it is newer."""
-        file, keys = self._files[where], self._keys[where]
+        file, entries = self._files[where], self._entries[where]
+        keys = entries.keys
         beside = file.with_name(file.name + NATOMS_SUFFIX)
         with contextlib.suppress(OSError, ValueError, KeyError):
             if beside.stat().st_mtime_ns >= file.stat().st_mtime_ns:
@@ -112,8 +106,7 @@ class LegacyLmdbDataset(AseAtomsDataset):
                 if natoms.shape == keys.shape:
                     return natoms
         counting = tqdm(keys.tolist(), desc=f"count atoms of {file.name}", disable=None)
-        with open_lmdb(file) as database:
-            natoms = np.array([self._natoms(database, file, key) for key in counting], np.int64)
+        natoms = np.array([self._natoms(entries, file, key) for key in counting], np.int64)
         partial = beside.with_name(f".{beside.name}.{os.getpid()}.npz")
         with contextlib.suppress(OSError):  # a read-only medium: counted again next time
             np.savez(partial, natoms=natoms)
@@ -121,19 +114,9 @@ class LegacyLmdbDataset(AseAtomsDataset):
         return natoms
 
     @staticmethod
-    def _natoms(database: lmdb.Environment, file: Path, key: int) -> int:
+    def _natoms(entries: NumberedEntries, file: Path, key: int) -> int:
         """Atoms of one structure."""
         try:
-            return len(fields_of(database, key)["pos"])
+            return len(fields_of(entries, key)["pos"])
         except (UserError, KeyError, TypeError) as error:
             raise UserError(f"{file}, key {key}: {error}; convert the file without it") from None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out; the other process opens its own."""
-        return {**self.__dict__, "_environments": {}}
-
-    def __del__(self) -> None:
-        """Close the files that this process opened."""
-        if getattr(self, "_owner", None) == os.getpid():
-            for environment in self._environments.values():
-                environment.close()

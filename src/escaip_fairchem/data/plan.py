@@ -78,11 +78,11 @@ class Plan:
             "split key": reading.split_key,
             "labelled": reading.labelled,
             "parts": [
-                [[str(path) for path in part.paths], part.start, part.stop, is_val]
+                [[str(path.resolve()) for path in part.paths], part.start, part.stop, is_val]
                 for part, is_val in zip(self.parts, self.is_val, strict=True)
             ],
             "files": {
-                str(path): [status.st_size, status.st_mtime_ns]
+                str(path.resolve()): [status.st_size, status.st_mtime_ns]
                 for path, status in ((path, path.stat()) for path in self.files)
             },
         }
@@ -116,6 +116,7 @@ def make_plan(
     """
     options = dict(options or {})
     paths, val_paths = expand_inputs(inputs), expand_inputs(val)
+    _check_once([*paths, *val_paths])
     kind = find_format([*paths, *val_paths], format_name)
     check_options(kind, options)
     if not labelled and "unlabelled" in kind.OPTIONS:
@@ -127,6 +128,16 @@ def make_plan(
         raise UserError(f"input {paths[0]} holds no frames")
     sides = [False] * len(parts[0]) + [True] * len(parts[1])
     return Plan(reading, (*parts[0], *parts[1]), tuple(sides), reader.card([*paths, *val_paths]))
+
+
+def _check_once(paths: Sequence[Path]) -> None:
+    """Refuse an input that is given twice: its frames would be on both sides of the split."""
+    known: dict[Path, Path] = {}
+    for path in paths:
+        first = known.setdefault(path.resolve(), path)
+        if first is not path:
+            also = f" (as {path})" if path != first else ""
+            raise UserError(f"input {first} is given twice{also}; give it once")
 
 
 def _files_of(path: Path) -> Iterator[Path]:

@@ -40,7 +40,8 @@ class Rejection:
 
     def __str__(self) -> str:
         """Place and reason in one line."""
-        place = f"from frame {self.index} on" if self.rest else f"frame {self.index}"
+        frame = f"frame {self.index}" + (f" ({self.name})" if self.name else "")
+        place = f"from {frame} on" if self.rest else frame
         return f"{self.path}, {place}: {self.reason}"
 
 
@@ -139,14 +140,10 @@ class Frames:
 
     def check_scales(self) -> None:
         """Judge the units of the whole set."""
-        for name, check in (
-            ("force_rms", checks.check_force_scale),
-            ("stress_rms", checks.check_stress_scale),
-        ):
-            values = self.column(name, np.float32)[self.kept]
-            values = values[np.isfinite(values)]
-            if len(values):
-                check(values)
+        forces, stresses = (
+            self.column(name, np.float32)[self.kept] for name in ("force_rms", "stress_rms")
+        )
+        checks.check_scales(forces, stresses)
 
     @property
     def n_duplicates(self) -> int:
@@ -236,7 +233,7 @@ def write_shard(
 def write_rejections(folder: Path, frames: Frames) -> tuple[int, Rejection | None]:
     """Write ``rejected.csv`` if there is anything to tell; returns their number and the first."""
     path, count, first = folder / REJECTED_FILE, 0, None
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "index", "name", "reason"])
         for rejection in frames.rejections():

@@ -120,6 +120,8 @@ def resplit(
     for path in (out, group):
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists; choose another name or pass --overwrite")
+    if overwrite:
+        store.check_replaceable(out)
     sources = [data / side for side in SIDES if (data / side).is_dir()]
     rows = Rows()
     plans = [plan_of([source]) for source in sources]

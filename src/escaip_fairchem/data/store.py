@@ -151,6 +151,21 @@ def _joint_metadata(sources: Sequence[Path], n_frames: int) -> dict[str, np.ndar
     return joint
 
 
+def check_replaceable(target: Path) -> None:
+    """Refuse to replace what is no data set, such as an input given in the place of OUT.
+
+    Raises:
+        UserError: If ``target`` is a file, or a folder with something else in it.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"{target} is a file; name the folder to make last")
+    known = [target / name for name in ("train", "val", "test")]
+    if any(target.iterdir()) and not any((path / "metadata.npz").is_file() for path in known):
+        raise UserError(f"{target} is no converted data set, so it is not replaced; name another")
+
+
 @contextmanager
 def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder that becomes ``target`` when the block ends without an error.

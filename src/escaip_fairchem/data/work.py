@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # What a kill costs at most: seconds of work.
 RECORDS_PER_CHUNK = 2_000
 BYTES_PER_CHUNK = 1 << 25
+MAX_REASON = 500  # characters
 BLOCK = 1 << 20  # bytes read at once for a checksum
 #: Errors of the machine, not of the data: the conversion stops and can go on later.
 SYSTEM_ERRORS = (
@@ -134,12 +135,25 @@ def read_part(
         _take(record, reading, chunk, part)
         report(1)
         if chunk.full:
+            if number == 0 and reading.check_units:
+                _check_scales(chunk, part)
             journal.add(number, chunk.rows, chunk.table())
             number, chunk = number + 1, Chunk()
     if chunk.n_records:
         journal.add(number, chunk.rows, chunk.table())
         number += 1
     journal.finish({**end, "chunks": number})
+
+
+def _check_scales(chunk: Chunk, part: Part) -> None:
+    """Judge the units by the first frames: in the end, which does it again, hours may be lost."""
+    try:
+        checks.check_scales(
+            np.array([facts.force_rms for facts in chunk.facts]),
+            np.array([facts.stress_rms for facts in chunk.facts]),
+        )
+    except UserError as error:
+        raise UserError(f"{part.paths[0]}, first {len(chunk.facts)} frames: {error}") from error
 
 
 def hash_file(note: Path, path: Path, report: Callable[[int], None]) -> None:
@@ -164,7 +178,8 @@ def _take(record: Record, reading: Reading, chunk: Chunk, part: Part) -> None:
     except Exception as error:  # readers raise of every type
         _raise_of_machine(error)
         if reading.strict:
-            raise UserError(f"{part.paths[0]}, frame {record.index}: {reason_of(error)}") from error
+            place = f"frame {record.index}" + (f" ({record.name})" if record.name else "")
+            raise UserError(f"{part.paths[0]}, {place}: {reason_of(error)}") from error
         chunk.rejected.append((record.index, record.name, reason_of(error)))
 
 
@@ -213,11 +228,15 @@ def id_hash(identity: str | None) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    """One line on an exception."""
+    """One line on an exception, whatever a damaged or hostile file makes it say."""
     if isinstance(error, UserError):
-        return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+        reason = " ".join(str(error).split())
+    else:
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
+    if len(reason) > MAX_REASON:
+        reason = f"{reason[:MAX_REASON]} ..."
+    return reason.encode(errors="backslashreplace").decode()
 
 
 def _raise_of_machine(error: BaseException | None) -> None:

@@ -157,7 +157,10 @@ def _extxyz(path: Path) -> Builders:
     """Cut the file at the atom counts, so that it is read once, and parsed frame by frame."""
     with OPENERS.get(path.suffix, open)(path, "rb") as file:
         header = file.readline()
-        while header.strip():
+        while header:
+            if not header.strip():  # ASE would stop here, and not say so
+                header = file.readline()
+                continue
             try:
                 n_atoms = int(header)
             except ValueError:

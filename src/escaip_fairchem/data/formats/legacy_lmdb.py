@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from escaip_fairchem.data.formats.base import Card, Format, Part, Record
 from escaip_fairchem.data.formats.legacy_record import identify, structures_of, to_atoms
+from escaip_fairchem.data.formats.lmdb_pages import NumberedEntries
 from escaip_fairchem.data.formats.order import by_number
 from escaip_fairchem.data.formats.safe_pickle import loads
 from escaip_fairchem.errors import UserError
@@ -18,7 +16,6 @@ from escaip_fairchem.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import lmdb
     from ase import Atoms
 
 KEYS_PER_PART = 20_000
@@ -75,12 +72,11 @@ class LegacyLmdb(Format):
                 parts.append(Part((path,)))
                 continue
             try:
-                with open_lmdb(path) as database:
-                    n_keys = len(keys_of(database))
+                n_keys = len(open_lmdb(path).keys)
             except UserError:
                 parts.append(Part((path,)))  # reading it says what is wrong, and costs one file
                 continue
-            starts = range(0, n_keys, KEYS_PER_PART)
+            starts = range(0, max(n_keys, 1), KEYS_PER_PART)
             parts += [Part((path,), start, min(start + KEYS_PER_PART, n_keys)) for start in starts]
         return parts
 
@@ -91,15 +87,18 @@ class LegacyLmdb(Format):
             for index, fields in enumerate(structures_of(loads(path.read_bytes()))):
                 yield Record(index, lambda fields=fields: self._atoms(fields), id=identify(fields))
             return
-        with open_lmdb(path) as database:
-            keys = keys_of(database)[part.start : part.stop]
-            for index, key in enumerate(keys.tolist(), part.start):
-                yield self._record(index, key, database)
+        entries = open_lmdb(path)
+        keys = entries.keys[part.start : part.stop]
+        for index, key in enumerate(keys.tolist(), part.start):
+            yield self._record(index, key, entries)
+        if part.stop == len(entries.keys):
+            for index, place in enumerate(entries.damaged, part.stop):
+                yield Record(index, partial(_fail, place), name=place)
 
-    def _record(self, index: int, key: int, database: lmdb.Environment) -> Record:
+    def _record(self, index: int, key: int, entries: NumberedEntries) -> Record:
         """Unpickle now, which tells the id; a defect is raised when the record is built."""
         try:
-            fields = fields_of(database, key)
+            fields = fields_of(entries, key)
             found = identify(fields)
         except Exception as error:
 
@@ -153,71 +152,30 @@ def files_of(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-@contextmanager
-def open_lmdb(path: Path) -> Iterator[lmdb.Environment]:
-    """Open a file for reading, and close it.
+def open_lmdb(path: Path) -> NumberedEntries:
+    """Find the structures of a file; ``b"length"`` is not asked.
 
-    Raises:
-        UserError: If it is no LMDB file.
-    """
-    database = connect(path)
-    try:
-        yield database
-    finally:
-        database.close()
-
-
-def connect(path: Path) -> lmdb.Environment:
-    """Open a file for reading.
+    It may be missing, or, as in some published files, that of all files of the folder together.
 
     Raises:
         UserError: If it is no LMDB file, or not all of one.
     """
-    import lmdb
-
-    try:
-        # Without lock, so that a file on a read-only medium opens and none is left beside it.
-        database = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
-    except lmdb.Error as error:
-        raise UserError(f"{path} is no LMDB file ({error}); download it again") from None
-    needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-    if path.stat().st_size < needed:  # to touch the missing pages would kill the process
-        database.close()
-        raise UserError(
-            f"{path} is cut short ({path.stat().st_size} of {needed} bytes); download it again"
-        )
-    return database
+    status = path.stat()
+    return _open_lmdb(path, status.st_size, status.st_mtime_ns)
 
 
-def keys_of(database: lmdb.Environment) -> np.ndarray:
-    """Numbers of the structures, (N,) int64, in order; ``b"length"`` is not asked.
-
-    It may be missing, or, as in some published files, that of all files of the folder together.
-    """
-    import lmdb
-
-    try:
-        with database.begin() as transaction:
-            keys = transaction.cursor().iternext(values=False)
-            return np.sort(np.fromiter((int(key) for key in keys if key.isdigit()), np.int64))
-    except lmdb.Error as error:
-        raise UserError(f"{database.path()}: damaged LMDB page ({error})") from None
+@lru_cache(maxsize=4)
+def _open_lmdb(path: Path, *_: int) -> NumberedEntries:
+    return NumberedEntries(path)
 
 
-def fields_of(database: lmdb.Environment, key: int) -> dict[str, Any]:
+def fields_of(entries: NumberedEntries, key: int) -> dict[str, Any]:
     """Read the fields of one structure.
 
     Raises:
         UserError: If the entry is damaged or refused.
     """
-    import lmdb
-
-    try:
-        with database.begin() as transaction:
-            value = transaction.get(b"%d" % key)
-    except lmdb.Error as error:
-        raise UserError(f"damaged LMDB page ({error})") from None
-    structures = structures_of(loads(value))
+    structures = structures_of(loads(entries[key]))
     if len(structures) != 1:
         raise UserError(f"{len(structures)} structures are stored under one key")
     return structures[0]
@@ -236,11 +194,15 @@ def read_references(path: str) -> dict[str, float]:
     return references
 
 
+def _fail(place: str) -> Atoms:
+    """Stands for what cannot be read."""
+    raise UserError(f"the {place} of the LMDB file is damaged; download the file again")
+
+
 def _holds_pickles(path: Path) -> bool:
     """Whether the first structure of an LMDB file is a pickle, as in no ASE-LMDB."""
     try:
-        with open_lmdb(path) as database, database.begin() as transaction:
-            cursor = transaction.cursor()
-            return cursor.first() and cursor.key().isdigit() and cursor.value()[:1] == b"\x80"
+        entries = open_lmdb(path)
+        return len(entries.keys) > 0 and entries[int(entries.keys[0])][:1] == b"\x80"
     except UserError:
         return False

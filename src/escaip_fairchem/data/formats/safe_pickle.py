@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,6 +109,52 @@ for _module, _name in (
     _ALLOWED[f"torch_geometric.{_module}", _name] = Fields
 
 
+_ARGUMENTS = {ord(op.code): op.arg.n if op.arg else 0 for op in pickletools.opcodes}
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+# Bytes after the opcodes that are followed by so many and number nothing: nearly all there are.
+_PLAIN = [-1 if code == pickle.LONG_BINPUT[0] else _ARGUMENTS.get(code, -1) for code in range(256)]
+_TWO_LINES = pickle.GLOBAL + pickle.INST
+
+
+def _check_memo(data: bytes, start: int) -> None:
+    """Refuse a pickle that numbers a value beyond its own size.
+
+    Python keeps a table as long as the largest number, so ten bytes could fill the memory. A number
+    must be found as such, not among values, hence the walk over the opcodes.
+    """
+    position, end, plain, stop = start, len(data), _PLAIN, pickle.STOP[0]
+    while position < end and (code := data[position]) != stop:
+        position += 1
+        if (size := plain[code]) >= 0:
+            position += size
+            continue
+        size = _ARGUMENTS.get(code)
+        if size is None:
+            return  # the unpickler says what is wrong
+        begin = position
+        if size >= 0:
+            position += size
+        elif size == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if code in _TWO_LINES else 1):
+                position = data.find(b"\n", position) + 1 or end
+        else:
+            width = _LENGTHS[size]
+            position += width + int.from_bytes(data[position : position + width], "little")
+        if code == pickle.LONG_BINPUT[0]:
+            number = int.from_bytes(data[begin:position], "little")
+        elif code == pickle.PUT[0]:
+            number = int(data[begin:position])
+        else:
+            continue
+        if number > end:
+            raise UserError(f"damaged pickle: it numbers a value {number}, and is {end} bytes long")
+
+
 class _Unpickler(pickle.Unpickler):
     """Resolves names by a table only."""
 
@@ -116,6 +164,7 @@ class _Unpickler(pickle.Unpickler):
         storage: Callable[[tuple], Any],
         allowed: dict[tuple[str, str], Any],
     ) -> None:
+        _check_memo(file.getvalue(), file.tell())
         super().__init__(file)
         self._storage = storage
         self._allowed = allowed
@@ -165,16 +214,23 @@ def loads(data: bytes) -> Any:
 def _load_zip(data: bytes) -> Any:
     """Read a torch file since torch 1.6: a zip archive with a file for each storage."""
     archive = zipfile.ZipFile(io.BytesIO(data))
+
+    @cache
+    def content(name: str) -> bytes:
+        if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # a kilobyte of it fills GiB
+            raise UserError(f"{name} is compressed inside, as torch writes none, and was refused")
+        return archive.read(name)
+
     (index,) = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
     root = index.rpartition("/")[0]
     order = f"{root}/byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
+    if order in archive.namelist() and content(order) != b"little":
         raise UserError("the file was written on a machine of other byte order; write it again")
 
     def storage(pid: tuple) -> Storage:
-        return Storage(pid[1], archive.read(f"{root}/data/{pid[2]}"))
+        return Storage(pid[1], content(f"{root}/data/{pid[2]}"))
 
-    return _Unpickler(io.BytesIO(archive.read(index)), storage, _ALLOWED).load()
+    return _Unpickler(io.BytesIO(content(index)), storage, _ALLOWED).load()
 
 
 def _load_before_zip(file: io.BytesIO) -> Any:

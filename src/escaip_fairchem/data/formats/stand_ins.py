@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from escaip_fairchem.errors import UserError
+
+#: Values of a tensor that repeats those in memory, as ``torch.Tensor.expand`` makes it.
+MAX_EXPANDED = 1_000_000
 
 
 class Fields:
@@ -31,9 +34,8 @@ class BatchGetter(Fields):
         return Fields()
 
 
-@dataclass(frozen=True)
-class Storage:
-    """Memory of a tensor."""
+class Storage(NamedTuple):
+    """Memory of a tensor; a tuple, whose fields no pickle can set anew."""
 
     dtype: np.dtype
     data: bytes
@@ -61,6 +63,8 @@ class Array:
     def __setstate__(self, state: tuple) -> None:
         """Take shape, type and values."""
         _, shape, kind, in_columns, data = state
+        if not isinstance(data, bytes):  # without any, numpy would take what memory holds
+            raise UserError(f"damaged pickle: an array's values are a {type(data).__name__}")
         order = "F" if in_columns else "C"
         self.array = np.ndarray(shape, kind.dtype, data, order=order)
 
@@ -89,6 +93,10 @@ def tensor(
     strides = tuple(width * step for step in stride)
     if 0 in size:
         return np.empty(size, storage.dtype)
+    if math.prod(size) > max(MAX_EXPANDED, len(storage.data)):
+        raise UserError(
+            f"damaged pickle: a tensor of {math.prod(size)} values has {len(storage.data)} bytes"
+        )
     return np.ndarray(size, storage.dtype, storage.data, width * offset, strides)
 
 
