@@ -17,6 +17,7 @@ MAX_NUM_ELEMENTS = 119  # atomic numbers below this: every element up to oganess
 MIN_CELL_VOLUME = 1e-3  # A^3, far below an atom, also when the lengths were meant in nm
 OVERLAP = 0.1  # A, closer than any two nuclei in a physical structure
 NEIGHBOR_SHELL = 6.0  # A, how far a nearest neighbour is looked for
+FIRST_SHELL = 3.2  # A, where most atoms have one; a small cell has far fewer images so near
 NM_MEDIAN = 0.4  # A, no bond is this short; bonds in nm are 0.07 to 0.35
 BOHR_RATIO = (1.4, 2.6)  # x covalent bond length; a bond in Bohr reads 1.89 times too long
 MAX_FORCE_RMS = 100.0  # eV/A, of the components in one structure
@@ -183,11 +184,14 @@ def nearest_neighbors(
         Distances (N,), infinite where nothing is within the shell, and neighbour indices (N,),
         which then are N.
     """
-    points, owner = with_images(positions, cell, pbc, shell)
-    distance, index = cKDTree(points).query(points[: len(positions)], k=2)
-    # The nearest point is the atom itself, or an atom on top of it: either way the distance of
-    # the second entry is right, and only the index of coincident atoms may be the atom's own.
-    found = distance[:, 1] <= shell
+    for reach in (min(FIRST_SHELL, shell), shell):
+        points, owner = with_images(positions, cell, pbc, reach)
+        distance, index = cKDTree(points).query(points[: len(positions)], k=2)
+        # The nearest point is the atom itself, or an atom on top of it: either way the distance of
+        # the second entry is right, and only the index of coincident atoms may be the atom's own.
+        found = distance[:, 1] <= reach
+        if found.all():
+            break
     owner = np.append(owner, len(positions))
     neighbor = owner[np.where(found, index[:, 1], len(points))]
     return np.where(found, distance[:, 1], np.inf), neighbor
