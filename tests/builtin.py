@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ase.build import add_adsorbate, bulk, fcc111, fcc211, molecule
-from ase.io import read
 
+from data_helpers import read_sample
 from escaip_fairchem.bench import pair
 from escaip_fairchem.bench.pair import batch_of, model_pair, outputs
 
@@ -62,7 +62,7 @@ def periodic_structures(data: Path | None) -> dict[str, list[Atoms]]:
     batches["mixed"] = [slab, crystals["fe_1"], molecules["C6H6"], crystals["nacl_8"]]
     if data is not None:
         for file, picks in {"oc20": "::300", "oc22": "::8", "mptrj": "3:680:70"}.items():
-            for index, atoms in enumerate(read(data / f"{file}_sample.extxyz.gz", picks)):
+            for index, atoms in enumerate(read_sample(data / f"{file}_sample.extxyz.gz", picks)):
                 if len(atoms) <= 90:
                     batches[f"{file}_{index}"] = [atoms]
     return batches
@@ -72,6 +72,6 @@ def molecular_structures(data: Path | None) -> dict[str, list[Atoms]]:
     """Named batches without a cell, one atom included."""
     batches = {"H": [molecule("H")], "mixed": [molecule("CH4"), molecule("O"), molecule("C60")]}
     if data is not None:
-        for index, atoms in enumerate(read(data / "spice_sample.extxyz.gz", "::100")):
+        for index, atoms in enumerate(read_sample(data / "spice_sample.extxyz.gz", "::100")):
             batches[f"spice_{index}"] = [atoms]
     return batches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,12 +11,18 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
+from ase.io import read
 from fairchem.core.datasets.ase_datasets import AseDBDataset
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ase import Atoms
+
+
+def read_sample(path: Path, index: str = ":") -> list[Atoms]:
+    """Frames of an ``.extxyz.gz``, unpacked once, which ASE does once per frame."""
+    return read(io.StringIO(gzip.decompress(path.read_bytes()).decode()), index, format="extxyz")
 
 
 def stored(folder: Path) -> list[Atoms]:

@@ -21,7 +21,7 @@ from fairchem.core.modules.normalization.element_references import ElementRefere
 from fairchem.core.modules.normalization.normalizer import Normalizer
 from fairchem.core.units.mlip_unit.mlip_unit import OutputSpec, Task, compute_loss
 
-from data_helpers import labelled_atoms, stored
+from data_helpers import labelled_atoms, read_sample, stored
 from escaip_fairchem import calculator
 from escaip_fairchem.cli import main
 from escaip_fairchem.data.convert import convert
@@ -40,7 +40,7 @@ ISOLATED = {"H": -13.587222780835477, "C": -1029.4889999855063}
 def spice(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SPICE frames, total energies to -213,274 eV, converted; every third one."""
     folder = tmp_path_factory.mktemp("spice")
-    write(folder / "frames.extxyz", read(test_data / "spice_sample.extxyz.gz", "::3"))
+    write(folder / "frames.extxyz", read_sample(test_data / "spice_sample.extxyz.gz", "::3"))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("ESCAIP_DATA", str(folder))
         convert([str(folder / "frames.extxyz")], folder / "spice")
@@ -101,7 +101,7 @@ def test_predictions_of_large_totals_differ_by_less_than_a_meV(
     test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The difference of two totals is that of the residuals, whatever the references."""
-    frames = read(test_data / "spice_sample.extxyz.gz", ":")
+    frames = read_sample(test_data / "spice_sample.extxyz.gz", ":")
     atoms = max(frames, key=len)
     small, large = [0.0] * 120, [-50.0 * z * z for z in range(120)]
     found = {}
@@ -152,7 +152,7 @@ def test_isolated_atoms_are_kept_and_the_rest_is_fitted(
     by_file: bool, test_data: Path, root: Path, capsys
 ) -> None:
     source = root / "some.extxyz"
-    write(source, read(test_data / "3bpa_sample.extxyz.gz", "::20"))
+    write(source, read_sample(test_data / "3bpa_sample.extxyz.gz", "::20"))
     isolated = ",".join(f"{symbol}={value!r}" for symbol, value in ISOLATED.items())
     if by_file:
         (root / "atoms.yaml").write_text(yaml.safe_dump(ISOLATED))
@@ -181,7 +181,7 @@ def test_only_elements_that_are_open_are_named() -> None:
 
 
 def test_fits_merge_and_weigh(test_data: Path) -> None:
-    frames = read(test_data / "spice_sample.extxyz.gz", ":120")
+    frames = read_sample(test_data / "spice_sample.extxyz.gz", ":120")
     parts = [ReferenceFit(), ReferenceFit()]
     for index, atoms in enumerate(frames):
         parts[index % 2].add(atoms.numbers, atoms.get_potential_energy(), 1 / len(atoms))
@@ -216,7 +216,7 @@ def rotated(atoms: Atoms, rng: np.random.Generator) -> Atoms:
 @pytest.mark.parametrize("name", ["oc20_sample", "spice_sample", "mptrj_sample"])
 def test_equal_geometries(name: str, test_data: Path) -> None:
     rng = np.random.default_rng(0)
-    frames = read(test_data / f"{name}.extxyz.gz", "::120")
+    frames = read_sample(test_data / f"{name}.extxyz.gz", "::120")
     groups = [frames, [rotated(atoms, rng) for atoms in frames]]
     for size in (5e-5, 3e-2):  # rounded to four decimals, and one atom moved
         others = [atoms.copy() for atoms in frames]
@@ -334,7 +334,7 @@ def test_split_that_cannot_be_meant(arguments, message, trajectories: Path, caps
 
 def test_facts_against_ase(test_data: Path, tmp_path: Path) -> None:
     for name, step in {"oc20_sample": 300, "mptrj_sample": 100, "mad_sample": 10}.items():
-        frames = read(test_data / f"{name}.extxyz.gz", f"::{step}")
+        frames = read_sample(test_data / f"{name}.extxyz.gz", f"::{step}")
         write(tmp_path / "some.extxyz", frames)
         facts = gather({"": [tmp_path / "some.extxyz"]}, cutoff=4.0)
         chosen = [frames[index] for _, index in facts.place]

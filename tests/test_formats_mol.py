@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
 import json
 import pickle
@@ -16,10 +15,10 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.db import connect
-from ase.io import iread, read
+from ase.io import iread
 from ase.units import Bohr, Hartree, kcal, mol
 
-from data_helpers import labelled_atoms, stored
+from data_helpers import labelled_atoms, read_sample, stored
 from escaip_fairchem.data import store
 from escaip_fairchem.data.formats import json_frames, mptrj_json, npz, spice_hdf5
 from escaip_fairchem.data.formats.md_units import work_slope
@@ -53,11 +52,6 @@ def records(format_, path):
 
 def structures(format_, path):
     return [atoms for _, atoms in records(format_, path)]
-
-
-def read_xyz(path, index=":"):
-    """Frames of a compressed file, unpacked once, which ASE does once per frame."""
-    return read(io.StringIO(gzip.decompress(path.read_bytes()).decode()), index, format="extxyz")
 
 
 def assert_same_labels(atoms: Atoms, expected: Atoms, tolerance: dict = TIGHT) -> None:
@@ -273,7 +267,7 @@ def test_spice_agrees_with_the_frames_converted_elsewhere(test_data):
     """Charges and labels against the extended XYZ, which has other constants to seven digits."""
     expected = {
         (atoms.info["smiles"], atoms.info["conf"]): atoms
-        for atoms in read_xyz(test_data / "spice_sample.extxyz.gz")
+        for atoms in read_sample(test_data / "spice_sample.extxyz.gz")
         if "conf" in atoms.info
     }
     assert len(expected) >= 50
@@ -407,7 +401,7 @@ def test_formal_charge(smiles, charge):
 
 @pytest.fixture(scope="module")
 def aspirin(test_data):
-    frames = read_xyz(test_data / "rmd17_sample.extxyz.gz", ":300")
+    frames = read_sample(test_data / "rmd17_sample.extxyz.gz", ":300")
     return [atoms for atoms in frames if atoms.info["molecule"] == "aspirin"]
 
 
@@ -493,7 +487,7 @@ def test_npz_defects_are_said(aspirin, tmp_path):
 
 @pytest.mark.parametrize("name", ["rmd17_sample", "3bpa_sample"])
 def test_work_of_genuine_forces_is_the_change_of_energy(test_data, name):
-    frames = read_xyz(test_data / f"{name}.extxyz.gz", ":300")
+    frames = read_sample(test_data / f"{name}.extxyz.gz", ":300")
     slope, correlation = work_slope(*_arrays(frames))
     assert correlation > 0.9
     assert 0.85 < slope < 1.15
@@ -587,7 +581,7 @@ def test_vasp_energy_is_chosen(calculations):
 
 def test_genuine_vasp_forces_are_the_slope_of_the_energy(test_data, tmp_path):
     """A relaxation of OC20, written as VASP does and read back: units survive the way."""
-    frames = read_xyz(test_data / "oc20_sample.extxyz.gz", ":80")
+    frames = read_sample(test_data / "oc20_sample.extxyz.gz", ":80")
     frames = [atoms for atoms in frames if atoms.info["sid"] == frames[0].info["sid"]]
     (tmp_path / "vasprun.xml").write_text(vasprun(frames))
     found = structures(VaspFolders(), tmp_path)
