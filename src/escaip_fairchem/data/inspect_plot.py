@@ -53,7 +53,9 @@ def _elements(axes: Axes, atoms: np.ndarray) -> None:
     present = np.flatnonzero(atoms)
     axes.bar(np.arange(len(present)), atoms[present])
     symbols = [chemical_symbols[z] for z in present]
-    axes.set_xticks(np.arange(len(present)), symbols, fontsize=min(8, 250 / len(present)))
+    turned = 90 if len(present) > 20 else 0
+    size = min(8, 300 / len(present))
+    axes.set_xticks(np.arange(len(present)), symbols, fontsize=size, rotation=turned)
     axes.set(ylabel="atoms", yscale="log", xlabel="element")
 
 
