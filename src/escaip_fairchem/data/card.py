@@ -66,13 +66,13 @@ def write_card(
         "notes": list(card.notes),
         "files": files,
         "rejected": {"records": n_rejected, "duplicates": n_duplicates},
-        "element_references": _references(references),
+        "element_references": references_entry(references),
         "sets": {name: _side(side, residuals.get(name)) for name, side in sides.items()},
     }
     path.write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
 
 
-def _references(references: References | None) -> dict[str, Any] | None:
+def references_entry(references: References | None) -> dict[str, Any] | None:
     """Energies by symbol, eV, and how good they are."""
     from ase.data import chemical_symbols
 

@@ -14,7 +14,7 @@ from escaip_fairchem.data.journal import Interrupted, is_published, open_journal
 from escaip_fairchem.data.options import Options, SplitOptions
 from escaip_fairchem.data.plan import make_plan
 from escaip_fairchem.data.pool import run_tasks
-from escaip_fairchem.data.summary import DATASET_FILE, Summary, write_group
+from escaip_fairchem.data.summary import Summary, write_group
 from escaip_fairchem.data.work import SYSTEM_ERRORS, hash_file, read_part
 from escaip_fairchem.errors import UserError
 
@@ -124,7 +124,7 @@ def convert_files(
             journal.note("summary", summary.as_json())
             journal.publish()
         for copy in copies:
-            store.copy_file(out / DATASET_FILE, copy)
+            store.copy_file(out / store.DATASET_FILE, copy)
     return summary
 
 

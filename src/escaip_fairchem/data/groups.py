@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from escaip_fairchem.data import store
+from escaip_fairchem.data.journal import write_whole
 from escaip_fairchem.data.statistics import LabelStatistics, collect, read_given
 from escaip_fairchem.errors import UserError
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from escaip_fairchem.data.frames import LabelKeys
     from escaip_fairchem.data.references import References
-
-DATASET_FILE = "dataset.yaml"
 
 
 def converted_folder(inputs: Sequence[str | Path]) -> Path | None:
@@ -68,7 +66,7 @@ def fit_references(
     comment = f"fitted by escaip references to {found.frames} structures"
     for path in (out, refs_file):
         if path:
-            _write(path, references_group(references, comment))
+            write_whole(path, references_group(references, comment).encode())
     if dataset_file:
         store.write_dataset_group(
             dataset_file,
@@ -111,13 +109,8 @@ def scales(found: LabelStatistics, references: References) -> list[str]:
 
 def references_group(references: References, comment: str) -> str:
     """The text of a group file for ``element_refs=NAME``."""
-    from ase.data import chemical_symbols
-
-    known = set(references.elements.tolist())
     lines = ["# @package element_refs", f"# {comment}", "# eV, index = atomic number", "energy:"]
-    for number, value in enumerate(references.values):
-        symbol = f"  # {chemical_symbols[number]}" if number in known else ""
-        lines.append(f"  - {value:.10f}{symbol}")
+    lines += [f"  {line}" for line in store.energy_lines(references)]
     return "\n".join(lines) + "\n"
 
 
@@ -125,13 +118,5 @@ def dataset_label(folder: Path) -> str | None:
     """The data set's name in fairchem, as the conversion set it."""
     import yaml
 
-    path = folder / DATASET_FILE
+    path = folder / store.DATASET_FILE
     return yaml.safe_load(path.read_text())["dataset"]["name"] if path.is_file() else None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)

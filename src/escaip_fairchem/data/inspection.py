@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from escaip_fairchem.data.groups import DATASET_FILE, converted_folder
+from escaip_fairchem.data.groups import converted_folder
 from escaip_fairchem.data.inspect_plot import draw
 from escaip_fairchem.data.limits import judge, read_limits
 from escaip_fairchem.data.references import NUM_REFERENCES
 from escaip_fairchem.data.report import Inspection
+from escaip_fairchem.data.store import DATASET_FILE
 from escaip_fairchem.data.survey import gather
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from escaip_fairchem.data import store
-from escaip_fairchem.data.card import CARD_FILE
+from escaip_fairchem.data.card import CARD_FILE, references_entry
 from escaip_fairchem.data.fingerprint import composition_key, equal_structures, fingerprint
 from escaip_fairchem.data.frames import free_atoms
-from escaip_fairchem.data.groups import DATASET_FILE, converted_folder, dataset_label
+from escaip_fairchem.data.groups import converted_folder, dataset_label
 from escaip_fairchem.data.references import ReferenceFit, RunningRms
 from escaip_fairchem.data.sources import frames_of, over_parts, place_of, plan_of
 from escaip_fairchem.data.splits import split_by_group, split_random
@@ -138,7 +138,7 @@ def resplit(
             store.copy_rows(sources, partial_folder / which, np.flatnonzero(side == index))
         references = _write_group(partial_folder, out.resolve(), rows, side == 0, label, comment)
         _write_card(data, partial_folder, rule, rows, side, references)
-    store.copy_file(out / DATASET_FILE, group)
+    store.copy_file(out / store.DATASET_FILE, group)
     counts = ", ".join(f"{(side == k).sum()} {SIDES[k]}" for k in range(len(rule.ratios)))
     train_on = f"train on it with: fairchem -c RECIPE dataset={group.stem}  ({group})"
     return [
@@ -254,7 +254,7 @@ def _write_group(
     references = fit.solve()
     with_stress = any(n for _, n in rows.stress)
     store.write_dataset_group(
-        folder / DATASET_FILE,
+        folder / store.DATASET_FILE,
         label=label,
         train=str(target / "train"),
         val=str(target / "val"),
@@ -270,16 +270,10 @@ def _write_card(
     data: Path, folder: Path, rule: Rule, rows: Rows, side: np.ndarray, references: References
 ) -> None:
     """Carry the card of the data over, with the new split and what it changes."""
-    from ase.data import chemical_symbols
-
     path = data / CARD_FILE
     card = json.loads(path.read_text()) if path.is_file() else {}
     card.setdefault("conversion", {})["split"] = f"escaip split {data}: {rule.describe()}"
-    card["element_references"] = {
-        "energy": {chemical_symbols[z]: references.values[z] for z in references.elements},
-        "determined": references.determined,
-        "residual_rms": references.rms,
-    }
+    card["element_references"] = references_entry(references)
     energy, stress = np.array(rows.energy), np.array([n > 0 for _, n in rows.stress])
     card["sets"] = {
         SIDES[index]: {

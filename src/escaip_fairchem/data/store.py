@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from escaip_fairchem.data.references import References
 
+DATASET_FILE = "dataset.yaml"
 # fairchem keeps every shard of a set open, and processes may have a thousand files.
 FRAMES_PER_SHARD = 100_000
 MAX_SHARDS = 200
@@ -228,14 +229,8 @@ def write_dataset_group(
         stress_rms: Stress scale, eV/A^3, if the data has stress.
         comment: One line that says where the numbers come from.
     """
-    from ase.data import chemical_symbols
-
     # Fixed-point numbers, because YAML reads 1e-05 as a string and 1 as an integer, and
     # fairchem's normalizer takes floats only.
-    energies = [
-        f"    - {value:.10f}" + (f"  # {chemical_symbols[z]}" if z in references.elements else "")
-        for z, value in enumerate(references.values)
-    ]
     lines = [
         "# @package _global_",
         f"# {comment}",
@@ -245,7 +240,7 @@ def write_dataset_group(
         f"  val: {json.dumps(val)}",
         "element_refs:  # eV, index = atomic number",
         "  energy:",
-        *energies,
+        *(f"    {line}" for line in energy_lines(references)),
         "normalizer:",
         f"  rmsd: {force_rms:.10f}  # eV/A, force components of free training atoms",
         f"  energy_residual: {references.scale:.10f}  # eV, rms above the element references",
@@ -254,6 +249,16 @@ def write_dataset_group(
         lines.append(f"  stress_rmsd: {stress_rms:.10f}  # eV/A^3, the nine components")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
+
+
+def energy_lines(references: References) -> list[str]:
+    """Items of a YAML list, one for each atomic number, with the symbols of elements that occur."""
+    from ase.data import chemical_symbols
+
+    return [
+        f"- {value:.10f}" + (f"  # {chemical_symbols[z]}" if z in references.elements else "")
+        for z, value in enumerate(references.values)
+    ]
 
 
 def copy_file(source: Path, target: Path) -> None:

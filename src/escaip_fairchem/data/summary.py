@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from ase import Atoms
 
-DATASET_FILE = "dataset.yaml"
 REJECTED_FILE = "rejected.csv"
 
 
@@ -146,7 +145,7 @@ def write_group(
 
     references = train.references()
     store.write_dataset_group(
-        folder / DATASET_FILE,
+        folder / store.DATASET_FILE,
         label=label,
         train=paths[0],
         val=paths[1],

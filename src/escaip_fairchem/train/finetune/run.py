@@ -14,7 +14,7 @@ import numpy as np
 from escaip_fairchem.data import store
 from escaip_fairchem.data.convert import SplitOptions, convert_files
 from escaip_fairchem.data.frames import read_frames
-from escaip_fairchem.data.summary import DATASET_FILE
+from escaip_fairchem.data.store import DATASET_FILE
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.finetune.energies import (
     Comparison,
