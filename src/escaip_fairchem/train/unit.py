@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fairchem.core.datasets.atomic_data import AtomicData
-    from omegaconf import DictConfig
     from torchtnt.framework import State
 
     from escaip_fairchem.train.signals import Signals
@@ -342,18 +342,17 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             checkpoint_location: Folder to write.
         """
         self.check_last_step()
-        folder = Path(checkpoint_location)
-        config = self.run_config.copy()
-        config.job.runner_state_path = str(published(folder))
+        folder, config = Path(checkpoint_location), deepcopy(self.run_config)
+        config["job"]["runner_state_path"] = str(published(folder))
+        unit = config["runner"]["train_eval_unit"]
         if self.get_finetune_model_config() is not None:
-            config.runner.train_eval_unit.model = self.get_finetune_model_config()
+            unit["model"] = _plain(self.get_finetune_model_config())
         state = self.state_dict()
-        dcp.save({"unit_state": state, "config": config}, checkpoint_id=checkpoint_location)
+        dcp.save({"unit_state": state}, checkpoint_id=checkpoint_location)
         if not distutils.is_master():
             return
         OmegaConf.save(config, folder / mlip_unit.UNIT_RESUME_CONFIG)
         if self.save_inference_ckpt:
-            unit = OmegaConf.to_container(config.runner.train_eval_unit, resolve=True)
             model, average = (
                 {name: tensor.cpu() for name, tensor in state[key].items()}
                 for key in ("model", "ema")
@@ -369,9 +368,9 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
                 torch.save(checkpoint, file)
 
     @cached_property
-    def run_config(self) -> DictConfig:
+    def run_config(self) -> dict[str, Any]:
         """Configuration of the run, read once: a command that is refused overwrites the file."""
-        return OmegaConf.load(self.job_config.metadata.config_path)
+        return _plain(OmegaConf.load(self.job_config.metadata.config_path))
 
     def state_dict(self) -> dict[str, Any]:
         """What fairchem saves, the loss scale of fp16, and the length of an epoch."""
@@ -419,3 +418,8 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         dcp.load({"unit_state": state}, checkpoint_id=checkpoint_location)
         self.load_state_dict(state)
         logging.info(f"Done loading checkpoint from {checkpoint_location}")
+
+
+def _plain(config: Any) -> Any:
+    """A configuration without OmegaConf, whose copies are slow."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
