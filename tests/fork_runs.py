@@ -12,7 +12,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 if TYPE_CHECKING:
@@ -35,15 +35,18 @@ class Run:
     Args:
         folder: Where it runs; its output goes to ``log`` there, after what is in it.
         arguments: As on the command line.
-        limits: Called in the process before anything else, such as `setrlimit` with its arguments.
+        rank: Of two, that are started one by one on one port; None is alone.
+        port: Free on this machine.
     """
 
-    def __init__(self, folder: Path, *arguments: str, prepare: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, rank: int | None = None, port: int = 0
+    ) -> None:
         self.folder = folder
-        self.log = folder / "log"
+        self.log = folder / f"log{rank or ''}"
         self._before = len(self.output()) if self.log.exists() else 0
         _serve()
-        self.process = _CONTEXT.Process(target=_main, args=(str(folder), arguments, prepare))
+        self.process = _CONTEXT.Process(target=_main, args=(str(self.log), arguments, rank, port))
         self.process.start()
         self.pid = self.process.pid
 
@@ -77,21 +80,30 @@ class Run:
             os.kill(self.pid, number)
 
 
-def _main(folder: str, arguments: tuple[str, ...], prepare: tuple[Any, ...]) -> None:
-    os.chdir(folder)
-    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _main(log: str, arguments: tuple[str, ...], rank: int | None, port: int) -> None:
+    os.chdir(os.path.dirname(log))
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
-        os.dup2(log, descriptor)
+        os.dup2(file, descriptor)
     os.environ.update(ESCAIP_DATA="data", OMP_NUM_THREADS="1")
     import torch
     from fairchem.core import _cli
     from fairchem.core.launchers import slurm_launch
+    from omegaconf import OmegaConf
 
     # starts one more process that imports torch
     slurm_launch.write_environment_report = lambda **_: None
     torch.set_num_threads(1)
-    if prepare:
-        function, *values = prepare
-        function(*values)
-    sys.argv = ["fairchem", "-c", *arguments]
-    _cli.main()
+    if rank is None:
+        sys.argv = ["fairchem", "-c", *arguments]
+        _cli.main()
+        return
+    # as torch's launcher does
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in numbers.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    config = _cli.get_hydra_config_from_yaml(arguments[0], list(arguments[1:]))
+    os.makedirs(config.job.metadata.log_dir, exist_ok=True)
+    if rank == 0:
+        OmegaConf.save(config, config.job.metadata.config_path)
+    slurm_launch.runner_wrapper(config)
