@@ -33,17 +33,23 @@ class Run:
     """A running command.
 
     Args:
-        folder: Where it runs; its output goes to ``log`` there, after what is in it.
+        folder: Where it runs; the data are in ``data`` there.
         arguments: As on the command line.
         rank: Of two, that are started one by one on one port; None is alone.
         port: Free on this machine.
+        log: File in the folder for the output, after what is in it.
     """
 
     def __init__(
-        self, folder: Path, *arguments: str, rank: int | None = None, port: int = 0
+        self,
+        folder: Path,
+        *arguments: str,
+        rank: int | None = None,
+        port: int = 0,
+        log: str = "log",
     ) -> None:
         self.folder = folder
-        self.log = folder / f"log{rank or ''}"
+        self.log = folder / f"{log}{rank or ''}"
         self._before = len(self.output()) if self.log.exists() else 0
         _serve()
         self.process = _CONTEXT.Process(target=_main, args=(str(self.log), arguments, rank, port))

@@ -108,7 +108,7 @@ def test_control_c(folder: Path, undisturbed: tuple[Any, float]) -> None:
     run = Run(folder, "config.yaml")
     run.when(lambda: read_status(run_of(folder)).state == "running")
     assert holder(run_of(folder))["pid"] == run.pid
-    second = Run(folder, "config.yaml")
+    second = Run(folder, "config.yaml", log="second")
     assert second.wait() == 1
     assert f"is in use by process {run.pid}" in second.said().strip().splitlines()[-1]
     run.kill(signal.SIGINT)
