@@ -152,9 +152,7 @@ def _compare(
     ]  # fmt: skip
     if cuda:
         gpus = max(kind["gpus"] for kind in kinds)
-        checks.append(
-            ("GPUs", per_node, gpus, f"{per_node} GPUs", "job.scheduler.ranks_per_node")
-        )
+        checks.append(("GPUs", per_node, gpus, f"{per_node} GPUs", "job.scheduler.ranks_per_node"))
     fine = True
     for what, asked, there, words, key in checks:
         if asked > there:

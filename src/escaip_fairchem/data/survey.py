@@ -168,9 +168,7 @@ def _of_part(
     return facts
 
 
-def add_structure(
-    facts: Facts, part: str, frame: Frame, cutoff: float, use_pbc: bool
-) -> None:
+def add_structure(facts: Facts, part: str, frame: Frame, cutoff: float, use_pbc: bool) -> None:
     """Add the facts of one structure; arguments as for `gather`."""
     from ase.data import chemical_symbols, covalent_radii
     from ase.geometry import complete_cell
