@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from escaip_fairchem.check.report import duration, gib
+from escaip_fairchem.train.checkpoints import newest_whole
+from escaip_fairchem.train.lock import holder
+from escaip_fairchem.train.status import read_status
 
 if TYPE_CHECKING:
     from escaip_fairchem.check.report import Report
 
-#: submitit submits a job again after so many time-outs.
-MOST_TIMEOUTS = 3
 SINFO = ("partition", "cpus", "memory", "gres", "time")
 
 
@@ -162,19 +163,20 @@ def _compare(
                 "slurm", f"{words}: a node of {name} has {there}{unit} of {what}; lower {key}"
             )
     longest = max(_hours(kind["time"]) for kind in kinds)
-    if slurm.timeout_hr > longest:
+    hours = _limit_hours(slurm)
+    if hours > longest:
         fine = False
         report.wrong(
             "slurm",
-            f"timeout_hr {slurm.timeout_hr}: {name} allows {longest:g} h; set "
+            f"a time limit of {hours:g} h: {name} allows {longest:g} h; set "
             f"{prefix}.timeout_hr={math.floor(longest)}",
         )
     if fine:
         report.ok(
             "slurm",
-            f"partition {name} has nodes with {cpus} CPUs, {slurm.mem_gb} GB"
+            f"partition {name} has nodes with {cpus} CPUs, {slurm.mem_gb or 'all their'} GB"
             + (f", {per_node} GPUs" if cuda else "")
-            + f"; {slurm.timeout_hr} h at a time",
+            + f"; {hours:g} h at a time",
         )
 
 
@@ -189,22 +191,16 @@ def check_requeues(config: Any, seconds: float, doubt: float, report: Report) ->
     """
     if config.job.scheduler.mode != "slurm":
         return
-    limit = float(config.job.scheduler.slurm.timeout_hr) * 3600
+    limit = 3600 * _limit_hours(config.job.scheduler.slurm)
     again = math.ceil(seconds / limit) - 1
     worst = math.ceil(seconds * doubt / limit) - 1
     report.record("time", requeues=again, requeues_at_most=worst)
     words = f"{duration(seconds)} of training in jobs of {limit / 3600:g} h"
     if worst == 0:
         report.ok("time", f"{words}: one job")
-    elif worst <= MOST_TIMEOUTS:
-        report.ok("time", f"{words}: {again} to {worst} requeues, which happen by themselves")
     else:
-        state = report.wrong if again > MOST_TIMEOUTS else report.note
-        state(
-            "time",
-            f"{words}: {again} to {worst} requeues, but after {MOST_TIMEOUTS} the job ends (the "
-            "same command goes on); raise job.scheduler.slurm.timeout_hr or num_nodes",
-        )
+        times = f"{again}" if again == worst else f"{again} to {worst}"
+        report.ok("time", f"{words}: {times} requeues, from which the run goes on by itself")
 
 
 def check_run(config: Any, report: Report) -> None:
@@ -218,13 +214,24 @@ def check_run(config: Any, report: Report) -> None:
     parent = _existing(run)
     if not os.access(parent, os.W_OK):
         report.wrong("run", f"{parent} cannot be written to; set job.run_dir")
-    steps = [int(p.name[5:]) for p in (run / "checkpoints").glob("step_*") if p.name[5:].isdigit()]
-    if (run / "checkpoints" / "final").is_dir():
-        report.note(
-            "run", f"{run} has finished: the run would stop at once; change job.timestamp_id"
+    other = holder(run)
+    if other is not None:
+        job = f", SLURM job {other['slurm_job_id']}" if other.get("slurm_job_id") else ""
+        report.wrong(
+            "run",
+            f"{run} is in use by process {other.get('pid')} on {other.get('host')}{job}; wait for "
+            "it, or give another job.timestamp_id",
         )
-    elif steps:
-        report.note("run", f"{run} exists: it goes on from step {max(steps)}")
+        return
+    status, newest = read_status(run), newest_whole(run / "checkpoints")
+    report.record("run", folder=str(run), state=status.state, step=status.step)
+    if status.state == "finished" or (newest is not None and newest.name == "final"):
+        report.note(
+            "run", f"{run} has finished: it would stop at once; change job.timestamp_id to train"
+        )
+    elif newest is not None:
+        why = "" if status.state == "absent" else f" ({status.state})"
+        report.note("run", f"{run} exists{why}: it goes on from {newest.name}")
     elif run.exists():
         report.note("run", f"{run} exists without a checkpoint: the run begins anew in it")
     else:
@@ -268,6 +275,12 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def _limit_hours(slurm: Any) -> float:
+    """Time limit of a job: an option of sbatch, in minutes or as SLURM writes it, wins."""
+    time = (slurm.additional_parameters or {}).get("time")
+    return float(slurm.timeout_hr) if time is None else _hours(str(time))
 
 
 def _number(text: str) -> int:

@@ -125,7 +125,7 @@ def _capacity(config: Any, options: Options) -> float:
             return torch.cuda.get_device_properties(0).total_memory
         return options.device.memory * 2**30
     scheduler = config.job.scheduler
-    if scheduler.mode == "slurm":
+    if scheduler.mode == "slurm" and scheduler.slurm.mem_gb:
         return int(scheduler.slurm.mem_gb) * 2**30 / int(scheduler.ranks_per_node)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return memory / int(scheduler.ranks_per_node)

@@ -34,7 +34,12 @@ def run(args: argparse.Namespace) -> None:
     """Print the findings; exit with 1 if there is a problem."""
     import json
     import logging
+    import os
     import warnings
+
+    # of torch's profiler, which measures memory
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     from escaip_fairchem.check.report import Report
     from escaip_fairchem.check.run import Options, check
