@@ -12,16 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from unittest import mock
 
 from ase.build import add_adsorbate, fcc111
 from ase.io import write
-from fairchem.core import _cli
-from omegaconf import OmegaConf
 
 from data_helpers import labelled_atoms
 from escaip_fairchem.cli import main
 from escaip_fairchem.train.runner import instantiate
+from run_helpers import compose_quickly
 
 if TYPE_CHECKING:
     import pytest
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 # Fenced code, with the reason not to run it if there is one: ``<!-- not run: REASON -->``.
 BLOCK = re.compile(r"(?:<!-- not run: ([^>]*) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
-_CHECKED: set[str] = set()
 _KEPT = ("ESCAIP_DATA", "WANDB_MODE")
 _PROGRAM = """#!/bin/bash
 printf '%s\\0' {kept} {name} "$@" >> '{notes}'
@@ -111,25 +108,13 @@ def _escaip(arguments: list[str]) -> None:
 
 
 def compose(arguments: list[str]) -> Any:
-    """The configuration of a `fairchem` command, as the command composes it.
-
-    Its search for unused keys, two seconds, is done once for a recipe.
-    """
+    """The configuration of a `fairchem` command, as the command composes it."""
     option, recipe, *overrides = arguments
     assert option == "-c"
-    with mock.patch.object(
-        _cli, "get_canonical_config", _resolved if recipe in _CHECKED else _cli.get_canonical_config
-    ):
-        config = _cli.get_hydra_config_from_yaml(recipe, overrides)
-    _CHECKED.add(recipe)
+    config = compose_quickly(recipe, overrides)
     if str(config.job.device_type.value) == "cpu":
         model = instantiate(config.runner.train_eval_unit.model)
         assert sum(weight.numel() for weight in model.parameters()) > 0
-    return config
-
-
-def _resolved(config: Any) -> Any:
-    OmegaConf.resolve(config)
     return config
 
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
+from fairchem.core import _cli
 from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from omegaconf import OmegaConf
 
@@ -17,6 +19,8 @@ from escaip_fairchem.data.convert import SplitOptions, convert
 from helpers import SMALL
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ase import Atoms
 
 #: Steps of the quick start in the tests, and what makes them few and small.
@@ -25,6 +29,7 @@ SHRUNK = [f"steps={STEPS}", "epochs=null", "max_atoms=120", "evaluate_every_n_st
 REFERENCES = [0.01 * z for z in range(120)]
 RMSD = 1.7
 MEAN = -0.3
+_SEARCHED: set[str] = set()
 _UNIT = "fairchem.core.units.mlip_unit.mlip_unit."
 _NORMALIZATION = "fairchem.core.modules.normalization."
 
@@ -38,6 +43,28 @@ def fairchem(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def compose_quickly(recipe: str, overrides: Sequence[str]) -> Any:
+    """Compose a recipe as the command does, whose search for unused keys takes seconds.
+
+    It is done once for each recipe.
+    """
+    search = _without_search if recipe in _SEARCHED else _cli.get_canonical_config
+    with mock.patch.object(_cli, "get_canonical_config", search):
+        config = _cli.get_hydra_config_from_yaml(recipe, list(overrides))
+    _SEARCHED.add(recipe)
+    return config
+
+
+def _without_search(config: Any) -> Any:
+    """fairchem's `get_canonical_config` less the search."""
+    job = OmegaConf.to_object(config.job)
+    job.__post_init__()
+    config.job = job
+    OmegaConf.resolve(config)
+    kept = _cli.ALLOWED_TOP_LEVEL_KEYS & config.keys()
+    return OmegaConf.masked_copy(config, [str(key) for key in kept])
 
 
 def task_config(prop: str, dataset: str) -> dict[str, Any]:

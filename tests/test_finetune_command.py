@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from ase.io import read, write
 import escaip_fairchem
 from escaip_fairchem.cli import main
 from escaip_fairchem.train.callbacks import read_metrics
+from launcher import launch
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "finetuning.md").read_text()
@@ -32,8 +31,7 @@ def run_line(line: str) -> None:
     if program == "escaip":
         assert main(arguments) == 0, line
         return
-    command = [Path(sys.executable).with_name(program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    done = launch(Path.cwd(), *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

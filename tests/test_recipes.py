@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fairchem.core._cli import get_hydra_config_from_yaml
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
@@ -24,6 +23,7 @@ from escaip_fairchem.data.sample import DOMAINS, make_sample
 from escaip_fairchem.train.callbacks import read_metrics
 from escaip_fairchem.train.loss import HuberNormLoss
 from escaip_fairchem.train.optim import Muon
+from run_helpers import compose_quickly
 
 RECIPES = Path(__file__).parents[1] / "configs"
 PAPER, V2 = RECIPES / "oc20/escaip_2m.yml", RECIPES / "oc20/escaip_v2_direct.yml"
@@ -175,7 +175,7 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compose(recipe: Path, *overrides: str) -> Any:
-    return get_hydra_config_from_yaml(str(recipe), list(overrides))
+    return compose_quickly(str(recipe), overrides)
 
 
 def facts(config: Any) -> dict[str, Any]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +15,11 @@ from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.averaging import ema_decay_at, warmed_up_average
 from escaip_fairchem.train.callbacks import column_names, read_metrics
 from escaip_fairchem.train.runner import share_cores
+from launcher import launch
 
 if TYPE_CHECKING:
+    import subprocess
+
     from escaip_fairchem.train.parity import Parity
 
 RECIPE = Path(__file__).parents[1] / "configs" / "oc20" / "escaip_2m.yml"
@@ -33,17 +33,7 @@ COMMAND = (
 
 
 def fairchem(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = Path(sys.executable).with_name("fairchem")
-    return subprocess.run(
-        [command, "-c", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        # One thread, so that sums are done in the same order by every process.
-        env={**os.environ, "ESCAIP_DATA": "data", "OMP_NUM_THREADS": "1"},
-        timeout=400,
-        check=False,
-    )
+    return launch(folder, "-c", *arguments)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

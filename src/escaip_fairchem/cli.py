@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from escaip_fairchem import __version__
 from escaip_fairchem.commands import (
     bench,
+    check,
     config_reference,
     convert,
     finetune,
@@ -35,6 +36,7 @@ COMMANDS = (
     import_checkpoint,
     finetune,
     info,
+    check,
     plot,
     bench,
     config_reference,

@@ -56,19 +56,45 @@ def read_limits(recipe: Path, overrides: Sequence[str]) -> Limits:
     Raises:
         UserError: No such recipe, or it cannot be composed.
     """
+    return limits_of(compose_recipe(recipe, overrides))
+
+
+def compose_recipe(recipe: Path, overrides: Sequence[str]) -> Any:
+    """What the `fairchem` command would run, with every interpolation resolved.
+
+    Args:
+        recipe: The recipe.
+        overrides: As on fairchem's command line, such as ``dataset=mine``.
+
+    Raises:
+        UserError: No such recipe, or it cannot be composed.
+    """
     from fairchem.core._cli import get_hydra_config_from_yaml
     from hydra.errors import HydraException
-
-    from escaip_fairchem.config import EScAIPConfig
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if not recipe.is_file():
         raise UserError(
             f"no recipe at {recipe}; name a .yml file such as configs/oc20/escaip_2m.yml"
         )
     try:
-        config = get_hydra_config_from_yaml(str(recipe), list(overrides))
-    except HydraException as error:
+        return get_hydra_config_from_yaml(str(recipe), list(overrides))
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise UserError(f"{recipe} cannot be composed: {' '.join(str(error).split())}") from error
+
+
+def limits_of(config: Any) -> Limits:
+    """What a composed recipe assumes of its data.
+
+    Args:
+        config: From `compose_recipe`.
+
+    Raises:
+        UserError: The backbone's settings are not those of a model of this package.
+    """
+    from escaip_fairchem.config import EScAIPConfig
+
     runner = config.runner
     backbone = {k: v for k, v in runner.train_eval_unit.model.backbone.items() if k != "model"}
     model = EScAIPConfig.from_kwargs(**_plain(backbone))
@@ -89,17 +115,24 @@ def read_limits(recipe: Path, overrides: Sequence[str]) -> Limits:
     )
 
 
-def judge(facts: Facts, limits: Limits, cut: float, residual_rms: float) -> Iterator[str]:
+def judge(
+    facts: Facts,
+    limits: Limits,
+    cut: float,
+    residual_rms: float,
+    natoms: np.ndarray | None = None,
+) -> Iterator[str]:
     """One line for each thing that a recipe assumes: ``ok``, ``note`` or ``WRONG``.
 
     Args:
-        facts: Facts of the set.
+        facts: Facts of the set, or of a sample of it.
         limits: What the recipe assumes.
         cut: Part of the pairs within the cutoff that ``max_neighbors`` leaves out.
         residual_rms: Rms of the energies above the recipe's references, eV; NaN without labels.
+        natoms: Atoms of every structure of the set, where the facts are those of a sample.
     """
-    yield _size(facts.natoms, limits)
-    yield from _elements(facts, limits)
+    yield _size(facts.natoms if natoms is None else natoms, limits)
+    yield from _elements(facts, limits, sampled=natoms is not None)
     with_stress = sum(facts.stress)
     if limits.stress:
         state = "ok   " if with_stress else "WRONG"
@@ -134,7 +167,7 @@ def _size(natoms: np.ndarray, limits: Limits) -> str:
     return f"ok    {words}, {limits.max_atoms / natoms.mean():.1f} structures in a batch"
 
 
-def _elements(facts: Facts, limits: Limits) -> Iterator[str]:
+def _elements(facts: Facts, limits: Limits, *, sampled: bool) -> Iterator[str]:
     from ase.data import chemical_symbols
 
     def symbols(numbers: np.ndarray) -> str:
@@ -157,7 +190,9 @@ def _elements(facts: Facts, limits: Limits) -> Iterator[str]:
         yield f"ok    element references of all {len(present)} elements"
     val = np.array(facts.part) == "val"
     untrained = present[~counts[~val][:, present].any(axis=0)] if val.any() else []
-    if len(untrained):
+    if len(untrained) and sampled:
+        yield f"note  {symbols(untrained)}: in the sample of val, not in that of train"
+    elif len(untrained):
         yield f"WRONG {symbols(untrained)}: only in val, never trained; split again (escaip split)"
 
 

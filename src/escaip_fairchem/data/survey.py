@@ -164,11 +164,12 @@ def _of_part(
 ) -> Facts:
     facts = Facts()
     for frame in frames_of(reading, part, sample):
-        _add(facts, name, frame, cutoff, use_pbc)
+        add_structure(facts, name, frame, cutoff, use_pbc)
     return facts
 
 
-def _add(facts: Facts, part: str, frame: Frame, cutoff: float, use_pbc: bool) -> None:
+def add_structure(facts: Facts, part: str, frame: Frame, cutoff: float, use_pbc: bool) -> None:
+    """Add the facts of one structure; arguments as for `gather`."""
     from ase.data import chemical_symbols, covalent_radii
     from ase.geometry import complete_cell
 
