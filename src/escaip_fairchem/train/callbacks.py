@@ -11,6 +11,7 @@ from fairchem.core.common import distutils
 from torchtnt.framework.callback import Callback
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.metrics import FILE_NAME, read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from escaip_fairchem.train.unit import TrainEvalUnit
 
-FILE_NAME = "metrics.csv"
 _COLUMNS = ["step", "epoch", "lr", "wall_time_s", "train_loss"]
 
 
@@ -147,25 +147,3 @@ def column_names(metrics: dict[str, float]) -> dict[str, float]:
         "_".join([splits[dataset] if unique else dataset, *rest]): metrics[name]
         for name, (dataset, *rest) in parts.items()
     }
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.csv.
-
-    Args:
-        path: The file; it need not exist.
-
-    Returns:
-        One dictionary a row, numbers as numbers, without the cells that are empty.
-    """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            {name: _number(cell) for name, cell in row.items() if cell}
-            for row in csv.DictReader(file)
-        ]
-
-
-def _number(cell: str) -> int | float:
-    return int(cell) if cell.isdigit() else float(cell)
