@@ -19,6 +19,7 @@ from escaip_fairchem.commands import (
     references,
     sample_data,
     split,
+    sweep,
 )
 from escaip_fairchem.errors import UserError
 
@@ -34,6 +35,7 @@ COMMANDS = (
     split,
     import_checkpoint,
     finetune,
+    sweep,
     info,
     plot,
     bench,
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after a mistake of the user, which is printed in one line.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(sweep.with_action(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except UserError as error:

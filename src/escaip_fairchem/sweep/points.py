@@ -52,7 +52,8 @@ def expand(spec: Spec, overrides: Sequence[str] = ()) -> list[Point]:
         Points in a fixed order.
     """
     grid = [
-        dict(zip(spec.grid, values, strict=True)) for values in itertools.product(*spec.grid.values())
+        dict(zip(spec.grid, values, strict=True))
+        for values in itertools.product(*spec.grid.values())
     ]
     draws = [draw(spec, number) for number in range(spec.samples)] or [{}]
     fixed = [override(name, value) for name, value in spec.fixed.items()]
