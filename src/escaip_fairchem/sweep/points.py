@@ -58,7 +58,7 @@ def expand(spec: Spec, overrides: Sequence[str] = ()) -> list[Point]:
     draws = [draw(spec, number) for number in range(spec.samples)] or [{}]
     fixed = [override(name, value) for name, value in spec.fixed.items()]
     points = {}
-    for parts in itertools.product(grid, spec.list or [{}], draws):
+    for parts in itertools.product(grid, spec.sets or [{}], draws):
         varied = {name: value for part in parts for name, value in part.items()}
         more = [
             override(name, value)

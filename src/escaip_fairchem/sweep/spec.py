@@ -53,7 +53,7 @@ class Spec:
 
     Attributes:
         grid: Override name -> values; every combination is a point.
-        list: Sets of overrides, combined with the grid.
+        sets: `list` of the file: sets of overrides, combined with the grid.
         random: Override name -> (distribution, its values).
         samples: Draws from `random`, each combined with grid and list.
         sampling_seed: Of the draws.
@@ -64,7 +64,7 @@ class Spec:
     """
 
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    list: list[Overrides] = field(default_factory=list)
+    sets: list[Overrides] = field(default_factory=list)
     random: dict[str, tuple[str, Sequence[Any]]] = field(default_factory=dict)
     samples: int = 0
     sampling_seed: int = 0
@@ -122,7 +122,7 @@ def parse_spec(content: Any) -> Spec:
         raise UserError("random and samples go together: `samples: 20` draws 20 points")
     spec = Spec(
         grid=grid,
-        list=sets,
+        sets=sets,
         random=random,
         samples=samples,
         sampling_seed=_integer(content, "sampling_seed", 0, least=0),
@@ -212,7 +212,7 @@ def _halving(given: Any) -> Halving:
 
 def _refuse_own(spec: Spec) -> None:
     names = {*spec.grid, *spec.random, *spec.fixed}
-    names.update(name for entry in spec.list for name in entry)
+    names.update(name for entry in spec.sets for name in entry)
     names.update(name for _, given in spec.resources for name in given)
     for name in sorted(names):
         if name.lstrip("+~") in _OWN:
