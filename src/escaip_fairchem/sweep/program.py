@@ -1,4 +1,4 @@
-"""What a SLURM task of a sweep runs: fairchem's own program, its configuration read at the start."""
+"""What a SLURM task of a sweep runs: fairchem's program, its configuration read at the start."""
 
 from __future__ import annotations
 
