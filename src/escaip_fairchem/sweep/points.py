@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from escaip_fairchem.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -50,7 +52,13 @@ def expand(spec: Spec, overrides: Sequence[str] = ()) -> list[Point]:
 
     Returns:
         Points in a fixed order.
+
+    Raises:
+        UserError: An override of the command line is for a key that the sweep varies.
     """
+    for name in {*spec.grid, *spec.random, *(name for entry in spec.sets for name in entry)}:
+        if any(_key_of(text) == name.lstrip("+~") for text in overrides):
+            raise UserError(f"{name} is varied by the sweep file; leave it out of the command")
     grid = [
         dict(zip(spec.grid, values, strict=True))
         for values in itertools.product(*spec.grid.values())
@@ -68,8 +76,22 @@ def expand(spec: Spec, overrides: Sequence[str] = ()) -> list[Point]:
         ]
         own = [override(name, value) for name, value in varied.items()]
         name = point_name(varied)
-        points.setdefault(name, Point(name, varied, (*fixed, *overrides, *more, *own)))
+        points.setdefault(name, Point(name, varied, _last_ones([*fixed, *overrides, *more, *own])))
     return list(points.values())
+
+
+def _last_ones(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Of several overrides of one key, the last one; Hydra refuses two choices of a group."""
+    found: dict[str, str] = {}
+    for text in overrides:
+        key = _key_of(text)
+        found.pop(key, None)
+        found[key] = text
+    return tuple(found.values())
+
+
+def _key_of(text: str) -> str:
+    return text.partition("=")[0].lstrip("+~")
 
 
 def draw(spec: Spec, number: int) -> Overrides:

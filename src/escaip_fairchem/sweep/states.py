@@ -71,7 +71,9 @@ def _look_at(sweep: Sweep, name: str, job: str | None, queue: dict[str, str]) ->
         metrics.update(row)
     state = PointState(name, status.state, status, metrics, job, status.reason, _rung(sweep, name))
     waits = queue.get(job or "")
-    if waits is not None and state.state not in BUSY:
+    # a process that has said its last word may still be in the queue for a moment
+    over = state.state in ("finished", "failed") and status.slurm_job_id == job
+    if waits is not None and state.state not in BUSY and not (over and waits not in _WAITING):
         # a lock may not be seen from another machine: the queue knows better than `dead`
         state.state = "queued" if waits in _WAITING else "starting"
         if state.state == "starting" and status.state == "dead":
