@@ -2,17 +2,20 @@
 
 fairchem takes 2 s for a point: Hydra reads the group files again, and the search for unused keys
 resolves the whole configuration once for each key. Here group files are read once for each choice
-of groups, further overrides are applied by Hydra's own function, and unused keys are looked for by
-reading the interpolations, as long as they are simple.
+of groups, further overrides are applied by Hydra's own function; unused keys are looked for, and
+interpolations replaced, by reading, as long as they are simple.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import shutil
 import tempfile
 from contextlib import contextmanager
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 
 # An interpolation of which reading tells the top-level key that it needs, if any.
 _SIMPLE = re.compile(r"\$\{(?:(?:oc\.env|now):[^${}]*|(\w+)(?:[.\[][^${}:]*)?)\}")
+
+# One that is the path of a key and no more.
+_PATH = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
+_KEPT = set(ALLOWED_TOP_LEVEL_KEYS)
 
 
 @contextmanager
@@ -68,6 +75,8 @@ class Composer:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._job = OmegaConf.structured(JobConfig)
+        self._parse = cache(OverridesParser.create().parse_override)  # 2 ms each
         self._composed: dict[tuple[str, ...], tuple[DictConfig, set[str]]] = {}
 
     def __call__(self, overrides: Sequence[str]) -> dict[str, Any]:
@@ -88,7 +97,7 @@ class Composer:
             raise UserError(_one_line(error)) from error
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = [self._parse(text) for text in overrides]
         # the first point says which names are of groups
         if not self._composed:
             self._with_groups(tuple(overrides))
@@ -114,17 +123,46 @@ class Composer:
     def _canonical(self, config: DictConfig) -> dict[str, Any]:
         OmegaConf.set_struct(config, False)
         # only this part: merging the whole, as fairchem does, takes as long as resolving it
-        config.job = OmegaConf.merge(OmegaConf.structured(JobConfig), config.get("job", {}))
-        if not _keys_are_used(OmegaConf.to_container(config)):
-            get_canonical_config(copy.deepcopy(config))  # raises if a key is unused
+        config.job = OmegaConf.merge(self._job, config.get("job", {}))
         job = OmegaConf.to_object(config.job)
         job.__post_init__()  # paths and metadata, as fairchem does
-        config.job = job
-        return {
-            str(key): OmegaConf.to_container(config[key], resolve=True, enum_to_str=True)
-            for key in config
-            if key in ALLOWED_TOP_LEVEL_KEYS
-        }
+        content = OmegaConf.to_container(config, enum_to_str=True)
+        content["job"] = _without_enums(dataclasses.asdict(job))
+        if not _keys_are_used(content):
+            get_canonical_config(copy.deepcopy(config))  # raises if a key is unused
+        try:
+            return {k: _resolved(content[k], content) for k in content.keys() & _KEPT}
+        except (_NotSimpleError, RecursionError):  # OmegaConf knows, and takes 20 times as long
+            config.job = job
+            content = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+            return {k: content[k] for k in content.keys() & _KEPT}
+
+
+def _without_enums(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_enums(item) for key, item in value.items()}
+    return value.name if isinstance(value, Enum) else value
+
+
+class _NotSimpleError(Exception):
+    """An interpolation that is more than the path of a key."""
+
+
+def _resolved(value: Any, root: dict[str, Any]) -> Any:
+    """A value with its interpolations replaced by what they name."""
+    if isinstance(value, dict):
+        return {key: _resolved(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item, root) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    path = _PATH.fullmatch(value)
+    found = root
+    for key in path[1].split(".") if path else ():
+        found = found.get(key, _NotSimpleError) if isinstance(found, dict) else _NotSimpleError
+    if path is None or found is _NotSimpleError:
+        raise _NotSimpleError(value)
+    return _resolved(found, root)
 
 
 def _sets_a_value(override: Override, config: DictConfig, choices: set[str]) -> bool:
@@ -150,7 +188,7 @@ def _keys_are_used(content: dict[str, Any]) -> bool:
             if "${" in _SIMPLE.sub("", text):
                 return False
             used.update({match[1] for match in _SIMPLE.finditer(text) if match[1]} - {key})
-    return used >= content.keys() - ALLOWED_TOP_LEVEL_KEYS
+    return used >= content.keys() - _KEPT
 
 
 def _interpolated(value: Any) -> Iterator[str]:
