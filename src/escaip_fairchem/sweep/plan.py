@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -119,7 +120,7 @@ def _check(config: dict[str, Any], halving: Halving | None) -> None:
     unit = runner.get("train_eval_unit") or {}
     backbone = (unit.get("model") or {}).get("backbone")
     if backbone and str(backbone.get("model")).startswith("escaip"):
-        EScAIPConfig.from_kwargs(**{k: v for k, v in backbone.items() if k != "model"})
+        _check_backbone(json.dumps(backbone))
     for loader in ("train_dataloader", "eval_dataloader"):
         dataset = (runner.get(loader) or {}).get("dataset") or {}
         if dataset.get("_target_", "").endswith("datasets.create_dataset"):
@@ -138,6 +139,12 @@ def _check(config: dict[str, Any], halving: Halving | None) -> None:
     end = runner.get("max_steps")
     if end is not None and halving.steps[-1] >= end:
         raise UserError(f"halving: steps ends at {halving.steps[-1]}, and runs at {end}")
+
+
+@cache
+def _check_backbone(text: str) -> None:
+    """Most points of a sweep share a model, whose check compares names at length."""
+    EScAIPConfig.from_kwargs(**{k: v for k, v in json.loads(text).items() if k != "model"})
 
 
 def _compare(sweep: Sweep, name: str, config: dict[str, Any]) -> None:
