@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
+import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -323,23 +325,24 @@ def swept(sample, tmp_path_factory):
         "fixed: {max_atoms: 120, evaluate_every_n_steps: 2, checkpoint_every_n_steps: 2,"
         " train_fraction: 0.5, runner.callbacks.0.every_n_steps: 1}\n"
     )
-    done = run_sweep(folder)
-    return folder, done, database
+    return folder, *run_sweep(folder), database
 
 
-def run_sweep(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "escaip_fairchem.cli", "sweep", str(RECIPE), "s.yml", "--dir"]
-    return subprocess.run(
-        [*command, "d", *SMALL, *more], cwd=folder, capture_output=True, text=True, check=False
-    )
+def run_sweep(folder: Path, *more: str) -> tuple[int, str]:
+    """Exit code and output of the command, in this process; its runs are processes."""
+    text = io.StringIO()
+    with redirect_stdout(text), redirect_stderr(text):
+        command = ["sweep", str(RECIPE), str(folder / "s.yml"), "--dir", str(folder / "d")]
+        code = main([*command, *SMALL, *more])
+    return code, text.getvalue()
 
 
 def test_points_are_run_and_failures_reported(swept, capsys):
-    folder, done, _ = swept
-    assert done.returncode == 2
-    assert "1 of 3 points did not finish" in done.stderr
-    assert "lr_0.001: finished at step 4" in done.stdout
-    assert "lr_0.002: finished at step 4" in done.stdout
+    folder, code, output, _ = swept
+    assert code == 2
+    assert "1 of 3 points did not finish" in output
+    assert "lr_0.001: finished at step 4" in output
+    assert "lr_0.002: finished at step 4" in output
     states = {state.name: state for state in look(load_sweep(folder / "d"))}
     assert [state.state for state in states.values()] == ["finished", "finished", "failed"]
     assert (folder / "d/points/lr_0.001/checkpoints/final/inference_ckpt.pt").is_file()
@@ -354,28 +357,27 @@ def test_points_are_run_and_failures_reported(swept, capsys):
 
 
 def test_the_same_command_again_does_nothing_and_a_changed_one_is_refused(swept):
-    folder, _, _ = swept
+    folder = swept[0]
     before = {path: path.stat().st_mtime_ns for path in folder.glob("d/points/*/status.json")}
-    again = run_sweep(folder)
-    assert again.returncode == 0
-    assert "left alone: 2 finished, 1 failed" in again.stdout
+    code, output = run_sweep(folder)
+    assert code == 0
+    assert "left alone: 2 finished, 1 failed" in output
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    changed = run_sweep(folder, "seed=5")
-    assert changed.returncode == 2
-    assert "job.seed was 0 and is 5" in changed.stderr
+    code, output = run_sweep(folder, "seed=5")
+    assert code == 2
+    assert "job.seed was 0 and is 5" in output
 
 
-def test_a_sweep_that_is_under_way_is_left_alone(swept, capsys):
-    folder, _, _ = swept
+def test_a_sweep_that_is_under_way_is_left_alone(swept):
+    folder = swept[0]
     with RunLock(folder / "d"):
-        second = run_sweep(folder)
-    assert second.returncode == 2
-    assert "in use by process" in second.stderr
-    assert str(os.getpid()) in second.stderr
+        code, output = run_sweep(folder)
+    assert code == 2
+    assert f"in use by process {os.getpid()}" in output
 
 
 def test_results_best_and_plots(swept, capsys):
-    folder, _, _ = swept
+    folder = swept[0]
     sweep = str(folder / "d")
     assert main(["sweep", "results", sweep, "--csv", str(folder / "r.csv")]) == 0
     rows = {row["point"]: row for row in csv.DictReader((folder / "r.csv").open())}
@@ -401,7 +403,7 @@ def test_results_best_and_plots(swept, capsys):
 
 
 def test_a_failed_point_is_retried(swept, capsys):
-    folder, _, database = swept
+    folder, *_, database = swept
     (database.parent / "kept").rename(database)
     assert main(["sweep", "retry", str(folder / "d")]) == 0
     assert "finished at step 4" in capsys.readouterr().out
@@ -434,26 +436,24 @@ def test_overrides_may_stand_anywhere():
     assert with_action(["info", "sweep"]) == ["info", "sweep"]
 
 
-def test_the_command_stops_its_runs_on_ctrl_c(swept, tmp_path):
-    """The run under way is interrupted in good order; `paused` time is not waited for."""
-    folder, _, _ = swept
-    shutil.copy(folder / "s.yml", tmp_path / "s.yml")
-    command = [sys.executable, "-m", "escaip_fairchem.cli", "sweep", str(RECIPE), "s.yml"]
-    process = subprocess.Popen(
-        [*command, "--dir", "d", *SMALL, "steps=100000"], cwd=tmp_path, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and process.poll() is None:
-            path = tmp_path / "d/points/lr_0.001/status.json"
-            if path.exists() and json.loads(path.read_text())["step"] > 2:
+def test_ctrl_c_stops_the_runs_in_good_order(swept, tmp_path):
+    shutil.copy(swept[0] / "s.yml", tmp_path / "s.yml")
+    status = tmp_path / "d/points/lr_0.001/status.json"
+
+    def press() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if status.exists() and json.loads(status.read_text())["step"] > 2:
                 break
             time.sleep(0.2)
-        process.send_signal(2)
-        out, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130, out
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(SystemExit) as stop:
+        run_sweep(tmp_path, "steps=100000")
+    presser.join()
+    assert stop.value.code == 130
     states = [state.state for state in look(load_sweep(tmp_path / "d"))]
     assert states == ["interrupted", "new", "new"]
+    assert [*tmp_path.glob("d/points/lr_0.001/checkpoints/step_*")]
