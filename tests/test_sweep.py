@@ -190,14 +190,14 @@ def test_composed_as_fairchem_composes(sample):
 def test_mistakes_of_all_points_are_listed_and_nothing_is_started(sample, tmp_path, capsys):
     sweep = tmp_path / "s.yml"
     sweep.write_text(
-        "list:\n- {lrr: 1}\n- {backbone: giant}\n- {dataset.train: nowhere}\n"
+        "list:\n- {lrr: 1}\n- {preset: giant}\n- {dataset.train: nowhere}\n"
         "- {+backbone.cutof: 3}\n- {+unused: 1}\n- {lr: 1e-3}\n"
     )
     command = ["sweep", str(RECIPE), str(sweep), "--dir", str(tmp_path / "d"), *SMALL]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert "5 mistakes in 6 points, nothing was started" in error
-    for text in ("lrr_1: ", "backbone/giant", "nowhere does not exist", "cutoff", "'unused'"):
+    for text in ("lrr_1: ", "preset/giant", "nowhere does not exist", "cutoff", "'unused'"):
         assert text in error
     assert not (tmp_path / "d" / "configs").exists()
     assert not (tmp_path / "d" / "points").exists()

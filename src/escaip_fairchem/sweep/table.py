@@ -142,6 +142,7 @@ def write_csv(sweep: Sweep, path: Path) -> None:
     states = look(sweep)
     varied = list(dict.fromkeys(name for given in sweep.points.values() for name in given))
     metrics = list(dict.fromkeys(name for state in states for name in state.metrics))
+    metrics = [name for name in metrics if name not in varied]  # the schedule's lr
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["point", *varied, "state", *metrics, "steps_per_second", "run"])
