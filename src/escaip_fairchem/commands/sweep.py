@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ EPILOG = """\
 again continues what is unfinished and leaves alone what is done or under way. docs/sweeps.md
 explains the sweep file.
 """
-_OVERRIDE = re.compile(r"[+~]{0,2}[\w./@:-]+=")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +69,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def with_action(argv: Sequence[str]) -> list[str]:
-    """Put in the action ``run`` where none is given, and overrides behind the sweep file.
+    """Put in the action ``run`` where none is given, and options behind all other words.
 
     Args:
         argv: Arguments of the program, of any subcommand.
@@ -82,20 +80,14 @@ def with_action(argv: Sequence[str]) -> list[str]:
     actions = ("run", "status", "retry", "cancel", "best", "results", "plot")
     if argv[1] not in (*actions, "-h", "--help"):
         argv.insert(1, "run")
-    if argv[1] == "run":
-        # argparse takes positional arguments only while they stand together
-        given = [
-            word
-            for word, before in zip(argv[2:], argv[1:], strict=False)
-            if _OVERRIDE.match(word) and before != "--dir"
-        ]
-        rest = [word for word in argv[2:] if word not in given]
-        first = [n for n, w in enumerate(rest) if not w.startswith("-") and rest[n - 1] != "--dir"]
-        if len(first) > 1:
-            rest[first[1] + 1 : first[1] + 1] = given
-            options = rest[: first[0]]
-            argv = ["sweep", "run", *rest[first[0] :], *options]
-    return argv
+    if argv[1] != "run":
+        return argv
+    # argparse takes positional arguments only while they stand together
+    words: list[str] = []
+    options: list[str] = []
+    for word, before in zip(argv[2:], argv[1:], strict=False):
+        (options if word.startswith("-") or before == "--dir" else words).append(word)
+    return ["sweep", "run", *words, *options]
 
 
 def run(args: argparse.Namespace) -> None:
