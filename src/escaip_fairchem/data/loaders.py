@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from fairchem.core.common import distutils
 from fairchem.core.datasets.samplers.max_atom_distributed_sampler import get_batches
 from torch.utils.data import DataLoader, Sampler
@@ -63,7 +66,21 @@ def get_dataloader(
         num_workers=num_workers,
         pin_memory="cuda" in distutils.get_device_for_local_rank(),
         multiprocessing_context=_worker_context() if num_workers else None,
+        worker_init_fn=ignore_signals,
+        # an iterator draws from it; from torch's own, an evaluation would change the dropout after
+        generator=torch.Generator(),
     )
+
+
+def ignore_signals(_worker: int) -> None:
+    """Leave signals to the process that a worker loads data for.
+
+    SLURM and terminals send them to all processes. A worker that ended would fail the training
+    before it could save. Workers end with their data loader, or with its process.
+    """
+    own = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
+    for number in (signal.SIGINT, signal.SIGTERM, own):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _worker_context() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from fairchem.core.common import distutils
 from torchtnt.framework.callback import Callback
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.checkpoints import sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +29,8 @@ class MetricsCallback(Callback):
     """Writes metrics.csv into the folder of the run, and the same numbers for TensorBoard.
 
     A row is written every `every_n_steps` steps (mean training loss on the first rank since the
-    row before) and after every evaluation. A run that is resumed continues its file; rows later
-    than the checkpoint it resumes from are dropped.
+    row before) and after every evaluation. A run that is resumed continues its file, with the rows
+    and losses that it had when the checkpoint was written.
 
     Args:
         every_n_steps: Steps between rows with the training loss.
@@ -45,6 +47,8 @@ class MetricsCallback(Callback):
         self._board: Any = None
         self._columns: list[str] = []
         self._losses: list[Any] = []
+        self._rows = 0
+        self._resumed: dict[str, Any] | None = None
         self._start = 0.0
 
     def set_runner_callbacks(self, _save: Callable, _load: Callable, checkpoint_dir: str) -> None:
@@ -59,6 +63,9 @@ class MetricsCallback(Callback):
         """Start the file, or take up the rows of the run that is being resumed."""
         done = unit.train_progress.num_steps_completed
         rows = [row for row in read_metrics(self.path) if row["step"] <= done]
+        if self._resumed is not None:
+            rows, self._losses = rows[: self._resumed["rows"]], list(self._resumed["losses"])
+        self._rows = len(rows)
         self._start = time.monotonic() - (rows[-1]["wall_time_s"] if rows else 0.0)
         self._columns = list(dict.fromkeys([*_COLUMNS, *(name for row in rows for name in row)]))
         if not distutils.is_master():
@@ -69,6 +76,20 @@ class MetricsCallback(Callback):
             # events of later steps, of the run that is being resumed, are hidden
             folder = self.path.parent / "logs" / "tensorboard"
             self._board = self._board_type(str(folder), purge_step=done + 1 if done else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the rows so far are on the disk before it is."""
+        if distutils.is_master() and self.path.exists():
+            sync(self.path)
+        return {"rows": self._rows, "losses": [float(loss) for loss in self._losses]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: From `state_dict`.
+        """
+        self._resumed = state
 
     def on_train_step_end(self, state: State, unit: TrainEvalUnit) -> None:
         """Collect the loss; write the mean of the last steps."""
@@ -86,9 +107,15 @@ class MetricsCallback(Callback):
         if self._board is not None:
             self._board.close()
 
+    def on_exception(self, state: State, unit: TrainEvalUnit, exc: BaseException) -> None:
+        """The same, of a run that is interrupted."""
+        self.on_train_end(state, unit)
+
     def _add_row(self, unit: TrainEvalUnit, metrics: dict[str, float]) -> None:
-        losses = [float(loss) for loss in self._losses]
+        # a step that was left out may have none
+        losses = [value for value in map(float, self._losses) if math.isfinite(value)]
         self._losses = []
+        self._rows += 1
         row = {
             "step": unit.train_progress.num_steps_completed,
             "epoch": unit.train_progress.num_epochs_completed,
@@ -110,11 +137,15 @@ class MetricsCallback(Callback):
                 self._board.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
 
     def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
-        with self.path.open(mode, newline="") as file:
+        # a file is replaced as a whole, so that no moment is without its rows
+        path = self.path if mode == "a" else self.path.with_name(f".{FILE_NAME}.partial")
+        with path.open(mode, newline="") as file:
             writer = csv.DictWriter(file, self._columns)
             if mode == "w":
                 writer.writeheader()
             writer.writerows(rows)
+        if path != self.path:
+            path.replace(self.path)
 
 
 def _tensorboard() -> Any:

@@ -8,7 +8,7 @@ decide.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fairchem.core.modules.loss import DDPMTLoss
@@ -24,7 +24,19 @@ if TYPE_CHECKING:
 
 
 class SummedLoss(DDPMTLoss):
-    """`DDPMTLoss` that leaves the division to its caller and does not talk to other ranks."""
+    """`DDPMTLoss` that leaves the division to its caller and does not talk to other ranks.
+
+    A loss that is not finite stays so; fairchem's becomes zero, as if there were nothing to learn.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As of `DDPMTLoss`."""
+        super().forward(*args, **kwargs)
+        return self.coefficient * self._reduced
+
+    def _reduction(self, *args: Any) -> Tensor:
+        self._reduced = super()._reduction(*args)
+        return self._reduced
 
     def _ddp_mean(self, num_samples: int, loss: Tensor) -> Tensor:
         return loss

@@ -14,6 +14,7 @@ from fairchem.core.units.mlip_unit.utils import tf32_context_manager
 from escaip_fairchem.data.energies import use_exact_energy
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.counting import loss_counts, summed
+from escaip_fairchem.train.signals import Stop
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from fairchem.core.units.mlip_unit.mlip_unit import Task
     from torch import Tensor
     from torchtnt.framework import State
+
+    from escaip_fairchem.train.signals import Signals
 
 #: Of OC20's EFwT: largest error of the energy, eV, and of a force component, eV/A.
 ENERGY_THRESHOLD, FORCE_THRESHOLD = 0.02, 0.03
@@ -65,6 +68,8 @@ class EvalUnit(mlip_unit.MLIPEvalUnit):
     """
 
     last_metrics: dict[str, float] | None = None
+    #: Of the run; without, nothing stops an evaluation.
+    signals: Signals | None = None
 
     def __init__(
         self,
@@ -111,8 +116,10 @@ class EvalUnit(mlip_unit.MLIPEvalUnit):
 
         Args:
             state: torchtnt's state.
-            data: fairchem's batch.
+            data: fairchem's batch; left out once a signal came, as the evaluation will be void.
         """
+        if self.signals and self.signals.came():
+            return
         device = distutils.get_device_for_local_rank()
         data = data.to(device)
         start = time.monotonic()
@@ -147,11 +154,21 @@ class EvalUnit(mlip_unit.MLIPEvalUnit):
 
         Returns:
             Values by `metric_names`, and ``val/loss``, ``val/atoms_per_second``, ``val/epoch``.
+
+        Raises:
+            Stop: A signal came on some rank; the evaluation is not whole.
         """
         device = distutils.get_device_for_local_rank()
         throughput = [self.total_atoms, self.total_runtime]
-        table = torch.tensor([*self._sums.values(), throughput], dtype=torch.float64, device=device)
+        # the ranks agree on signals by the same sum
+        flags = [[flag, 0.0] for flag in self.signals.flags()] if self.signals else []
+        rows = [*flags, *self._sums.values(), throughput]
+        table = torch.tensor(rows, dtype=torch.float64, device=device)
         *sums, throughput = distutils.all_reduce(table).tolist()
+        flags, sums = sums[: len(flags)], sums[len(flags) :]
+        number = self.signals.decided([flag for flag, _ in flags]) if self.signals else None
+        if number is not None:
+            raise Stop("interrupted", number)
         means = {
             name: total / number if number else float("nan")
             for name, (total, number) in zip(self._sums, sums, strict=True)

@@ -6,14 +6,18 @@ import logging
 import math
 import time
 from contextlib import nullcontext
+from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from fairchem.core.common import distutils
 from fairchem.core.units.mlip_unit import mlip_unit
+from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.utils import tf32_context_manager
+from omegaconf import OmegaConf
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
@@ -24,15 +28,21 @@ from torch.nn.parallel import DistributedDataParallel
 from escaip_fairchem.data.energies import use_exact_energy
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.averaging import warmed_up_average
+from escaip_fairchem.train.checkpoints import published
 from escaip_fairchem.train.counting import loss_counts, loss_weights, summed
 from escaip_fairchem.train.evaluation import EvalUnit, device_type, reduced_precision
+from escaip_fairchem.train.later import Later
+from escaip_fairchem.train.nonfinite import MOST_SKIPPED, report
 from escaip_fairchem.train.sharding import sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fairchem.core.datasets.atomic_data import AtomicData
+    from omegaconf import DictConfig
     from torchtnt.framework import State
+
+    from escaip_fairchem.train.signals import Signals
 
 #: A loss scale below this means gradients that are not finite in any precision.
 SMALLEST_SCALE = 1e-6
@@ -58,11 +68,15 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             stay in float32.
         fp16: The same in float16, with loss scaling, for GPUs without bfloat16.
         shard_optimizer: Share the states of the optimizer out among the ranks.
+        on_nan: ``stop`` or ``skip``, where a loss or gradient is not finite; see `_finite`.
         kwargs: As for fairchem's unit.
 
     Raises:
         UserError: A setting is out of range, or excludes another.
     """
+
+    #: Of the run; without, nothing stops it.
+    signals: Signals | None = None
 
     def __init__(
         self,
@@ -72,6 +86,7 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         bf16: bool = False,
         fp16: bool = False,
         shard_optimizer: bool = False,
+        on_nan: str = "stop",
         **kwargs: Any,
     ) -> None:
         if ema_decay is None or not 0 <= ema_decay < 1:
@@ -81,6 +96,8 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             )
         if not isinstance(accumulate, int) or accumulate < 1:
             raise UserError(f"accumulate must be a whole number of at least 1, got {accumulate}")
+        if on_nan not in ("stop", "skip"):
+            raise UserError(f"on_nan must be stop or skip, got {on_nan}")
         dtype = reduced_precision(bf16=bf16, fp16=fp16)
         if kwargs.get("train_strategy", "ddp") != "ddp":
             raise UserError(
@@ -98,6 +115,11 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         self.ema_model.multi_avg_fn = warmed_up_average(ema_decay)
         self.accumulate = accumulate
         self.shard_optimizer = shard_optimizer
+        self.on_nan = on_nan
+        self._skipped = 0  # steps in a row
+        self._last_step: tuple[Any, ...] = ()
+        self._norm, self._flags = Later(), Later()
+        self._epoch_is_over = False
         self.autocast_enabled, self.autocast_dtype = dtype is not None, dtype or torch.bfloat16
         self.scaler = torch.amp.GradScaler(device_type(), enabled=fp16)
         self._losses = summed(self.tasks)
@@ -115,14 +137,20 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
     def on_train_start(self, state: State) -> None:
         """Take up a checkpoint if there is one, and go to its place in the epoch."""
         super().on_train_start(state)
+        done = self.train_progress.num_steps_completed_in_epoch
+        # so it stopped in the evaluation after the last step
+        self._epoch_is_over = done >= self._steps_per_epoch
         # fairchem takes a step for a batch
-        start = self.train_progress.num_steps_completed_in_epoch * self.accumulate
+        start = 0 if self._epoch_is_over else done * self.accumulate
         mlip_unit.set_sampler_state(state, self.train_progress.num_epochs_completed, start)
 
     def get_next_train_batch(
         self, state: State, data_iter: Iterator[AtomicData]
     ) -> list[AtomicData]:
         """The batches of a step; fewer at the end of an epoch."""
+        if self._epoch_is_over:
+            self._epoch_is_over = False
+            raise StopIteration
         batches = list(islice(data_iter, self.accumulate))
         if not batches:
             raise StopIteration
@@ -135,9 +163,12 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             state: torchtnt's state.
             data: The batches of this rank.
         """
+        self.check_last_step()
         try:
             self.last_loss = self._backward(data)
-            moved = self._move()
+            moved = self._move(data)
+        except UserError:
+            raise
         except Exception:
             structures = [sid for batch in data for sid in getattr(batch, "sid", [])]
             logging.error(f"step {self.train_progress.num_steps_completed} failed on {structures}")
@@ -151,8 +182,12 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         device = distutils.get_device_for_local_rank()
         # counted before they go to the GPU, which then never waits for the CPU
         counts = torch.stack([loss_counts(self._losses, batch) for batch in batches]).sum(0)
-        counts = distutils.all_reduce(counts.to(device))
+        flags = counts.new_tensor(self.signals.flags() if self.signals else [])
+        shared = distutils.all_reduce(torch.cat([counts, flags]).to(device))
+        counts, flags = shared.split([len(counts), len(flags)])
+        self._flags.put(flags)
         weights = loss_weights(self._losses, counts, distutils.get_world_size())
+        self._losses_of_step: list[dict[str, torch.Tensor]] = []
         total = 0.0
         for index, batch in enumerate(batches, start=1):
             # gradients are averaged over ranks once, by the last backward pass
@@ -170,19 +205,24 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             predictions = self.model(batch)
             use_exact_energy(batch)
             losses = mlip_unit.compute_loss(self._losses, predictions, batch)
-        return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
+        losses = dict(zip(losses, map(torch.mul, weights, losses.values()), strict=True))
+        self._losses_of_step.append({name: loss.detach() for name, loss in losses.items()})
+        return sum(losses.values())
 
     def _no_sync(self) -> Any:
         parallel = isinstance(self.model, DistributedDataParallel)
         return self.model.no_sync() if parallel else nullcontext()
 
-    def _move(self) -> bool:
+    def _move(self, batches: list[AtomicData]) -> bool:
         """Clip, step and average; whether the weights moved."""
         self.scaler.unscale_(self.optimizer)
+        limit = math.inf if self.clip_grad_norm is None else self.clip_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=limit).detach()
         if self.clip_grad_norm is not None:
-            self.last_grad_norm = torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), max_norm=self.clip_grad_norm
-            ).detach()
+            self.last_grad_norm = norm
+        if not self.scaler.is_enabled() and not self._finite(norm, batches):
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -199,6 +239,69 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             return False
         self.ema_model.update_parameters(self.model)
         return True
+
+    def _finite(self, norm: torch.Tensor, batches: list[AtomicData]) -> bool:
+        """Whether the norm of the gradient is finite, as it is not where a loss is not.
+
+        Ranks see the same gradient, so they agree without a word. On a GPU the norm of a step is
+        looked at when the next step, an evaluation or a checkpoint begins, so that the GPU need not
+        wait; weights that a step spoilt are then thrown away, and the newest checkpoint is without
+        it. To leave a step out it must be looked at before, which makes the GPU wait at each step.
+        With `fp16` the loss scale deals with it.
+        """
+        number = self.train_progress.num_steps_completed
+        rate = self.scheduler.get_last_lr()[0]
+        self._last_step = (number, batches, self._losses_of_step, rate)
+        self._norm.put(norm)
+        return True if norm.is_cuda and self.on_nan == "stop" else self.check_last_step()
+
+    def check_last_step(self) -> bool:
+        """Look at the gradient of the last step, once; whether it was finite.
+
+        Raises:
+            UserError: It was not, and `on_nan` is ``stop`` or too many steps were left out.
+        """
+        norm = self._norm.take()
+        if norm is None or norm.isfinite():
+            self._skipped = 0
+            return True
+        step, batches, losses, rate = self._last_step
+        run = Path(self.job_config.metadata.config_path).parent
+        path = report(run, step, batches, losses, lr=rate, grad_norm=float(norm))
+        self._skipped += 1
+        what = f"step {step}: the loss or its gradient is not finite; its structures are in {path}"
+        if self.on_nan == "stop":
+            raise UserError(
+                f"{what}; look at their labels and distances, lower lr or optim.clip_grad_norm, or "
+                "set on_nan=skip to leave such steps out"
+            )
+        if self._skipped >= MOST_SKIPPED:
+            raise UserError(f"{what}; {self._skipped} steps in a row were left out; lower lr")
+        if distutils.is_master():
+            logging.warning(f"{what}; it was left out")
+        return False
+
+    def signal_of_all_ranks(self) -> int | None:
+        """The signal at which all ranks stop now, before the step that is about to begin.
+
+        With several ranks it is known one step after it came: the flags of a step's begin travel
+        with the counts of its labels.
+        """
+        if self.signals is None:
+            return None
+        if distutils.get_world_size() == 1:
+            return self.signals.decided(self.signals.flags())
+        flags = self._flags.take()
+        return None if flags is None else self.signals.decided(flags.tolist())
+
+    def on_eval_start(self, state: State) -> None:
+        """Evaluate only weights that are finite."""
+        self.check_last_step()
+
+    def on_train_end(self, state: State) -> None:
+        """End with weights that are finite."""
+        self.check_last_step()
+        super().on_train_end(state)
 
     def _report(self, batches: list[AtomicData]) -> None:
         """Log under fairchem's names, as often as fairchem does."""
@@ -229,6 +332,46 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             self.logger.log(log, step=step, commit=True)
         if step % self.print_every == 0:
             logging.info(log)
+
+    def save_state(self, checkpoint_location: str) -> None:
+        """Write a checkpoint, and what predicts with it; the caller makes sure that it is whole.
+
+        fairchem reads its checkpoint again to make the latter, and writes it twice.
+
+        Args:
+            checkpoint_location: Folder to write.
+        """
+        self.check_last_step()
+        folder = Path(checkpoint_location)
+        config = self.run_config.copy()
+        config.job.runner_state_path = str(published(folder))
+        if self.get_finetune_model_config() is not None:
+            config.runner.train_eval_unit.model = self.get_finetune_model_config()
+        state = self.state_dict()
+        dcp.save({"unit_state": state, "config": config}, checkpoint_id=checkpoint_location)
+        if not distutils.is_master():
+            return
+        OmegaConf.save(config, folder / mlip_unit.UNIT_RESUME_CONFIG)
+        if self.save_inference_ckpt:
+            unit = OmegaConf.to_container(config.runner.train_eval_unit, resolve=True)
+            model, average = (
+                {name: tensor.cpu() for name, tensor in state[key].items()}
+                for key in ("model", "ema")
+            )
+            checkpoint = MLIPInferenceCheckpoint(
+                model_config=unit["model"],
+                model_state_dict=model,
+                ema_state_dict=average,
+                tasks_config=unit["tasks"],
+            )
+            # a stream of Python tells why it cannot be written
+            with (folder / mlip_unit.UNIT_INFERENCE_CHECKPOINT).open("wb") as file:
+                torch.save(checkpoint, file)
+
+    @cached_property
+    def run_config(self) -> DictConfig:
+        """Configuration of the run, read once: a command that is refused overwrites the file."""
+        return OmegaConf.load(self.job_config.metadata.config_path)
 
     def state_dict(self) -> dict[str, Any]:
         """What fairchem saves, the loss scale of fp16, and the length of an epoch."""
