@@ -34,3 +34,13 @@ def slurm() -> Iterator[Cluster]:
     finally:
         cluster.stop()
         shutil.rmtree(state, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where trainings are submitted, with data; only if there is a SLURM for them."""
+    from jobs import sample_data
+
+    folder = tmp_path_factory.mktemp("slurm")
+    sample_data(folder)
+    return folder
