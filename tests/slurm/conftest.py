@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,8 @@ def slurm() -> Iterator[Cluster]:
     """A SLURM with two nodes of four CPUs, started for this session; see `cluster.Cluster`."""
     # not below pytest's folder: a socket's path is short
     state = Path(tempfile.mkdtemp(prefix="slurm-"))
+    # its daemons would outlive tests that are stopped
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("stopped by SIGTERM", returncode=143))
     cluster = Cluster(state)
     try:
         try:

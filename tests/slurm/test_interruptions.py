@@ -41,6 +41,7 @@ def trainings(slurm: Cluster, folder: Path) -> Iterator[dict[object, Future[Trai
 
     with ThreadPoolExecutor(2) as pool:
         yield {point: pool.submit(carry_out, point) for point in (None, *POINTS)}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
