@@ -10,6 +10,7 @@ By hand:
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -152,13 +153,13 @@ class Cluster:
         with suppress(RuntimeError, subprocess.TimeoutExpired):
             self.run("scancel", "--state=PENDING")
             for process in self.job_processes():
-                _kill(process, signal.SIGKILL)
+                kill(process, signal.SIGKILL)
             self.run("scancel", "--state=RUNNING")
         files = [f"slurmd-{node}.pid" for node in self.nodes] + ["slurmctld.pid", "munged.pid"]
         for process in [pid for name in files if (pid := self._pid(name))]:
-            _kill(process, signal.SIGTERM)
+            kill(process, signal.SIGTERM)
             if not _within(10, lambda pid=process: not alive(pid)):
-                _kill(process, signal.SIGKILL)
+                kill(process, signal.SIGKILL)
 
     def _start_munged(self) -> None:
         key = self.state / "munge.key"
@@ -202,17 +203,22 @@ class Cluster:
         node = node or self.host
         self._daemon("slurmd", "-N", node, "-f", str(self.config))
 
-    def kill_slurmd(self, node: str | None = None) -> None:
-        """Fail a node (the first): its daemon and everything of its jobs die at once.
+    def kill_slurmd(self, node: str | None = None, *, jobs: bool = True) -> None:
+        """Kill the daemon of a node (the first), and with it everything of its jobs.
 
-        The controller is told, which would find out by itself after `SlurmdTimeout`; it queues the
-        node's jobs again.
+        The controller is told of a node that fails, which it would find out by itself after
+        `SlurmdTimeout`; it queues the node's jobs again.
+
+        Args:
+            node: Its name.
+            jobs: Whether jobs die too, as when the machine fails; else they go on.
         """
         node = node or self.host
         daemon = self._pid(f"slurmd-{node}.pid")
-        for process in filter(None, [daemon, *self.job_processes(node)]):
-            _kill(process, signal.SIGKILL)
-        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        for process in filter(None, [daemon, *(self.job_processes(node) if jobs else [])]):
+            kill(process, signal.SIGKILL)
+        if jobs:
+            self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def job_processes(self, node: str | None = None) -> list[int]:
         """Processes of this cluster's jobs, and of the daemons that watch them (stepd)."""
@@ -368,7 +374,14 @@ def alive(process: int) -> bool:
     return Path(f"/proc/{process}").exists() and b") Z " not in _read(process, "stat")
 
 
-def _kill(process: int, number: int) -> None:
+def waiting_signals(process: int) -> int:
+    """Signals that a stopped process has yet to get, as bits."""
+    match = re.search(rb"^ShdPnd:\s*(\w+)", _read(process, "status"), re.MULTILINE)
+    return int(match[1], 16) if match else 0
+
+
+def kill(process: int, number: int) -> None:
+    """Send a signal to a process if it is still there."""
     with suppress(ProcessLookupError):
         os.kill(process, number)
 
