@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 DATA := $(if $(ESCAIP_DATA),$(ESCAIP_DATA),data)
 DEMO := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slurm lint clean
 
 # Data, a training by the fairchem command, its figures, a relaxation from ASE.
 demo: $(VENV)/installed
@@ -18,6 +18,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Jobs on a SLURM that the tests start and stop; FULL=1: all 20 interruptions at random moments.
+test-slurm: $(VENV)/installed-test
+	ESCAIP_TEST_FULL=$(FULL) $(BIN)/python -m pytest tests/slurm --durations=10
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -386,13 +386,22 @@ def test_plain_overrides() -> None:
 
 
 @pytest.mark.parametrize(
-    "cluster, device, mode, ranks",
-    [("gpu", "cuda", "local", 1), ("node", "cuda", "local", 8), ("slurm", "cuda", "slurm", 8)],
-)
-def test_clusters(cluster: str, device: str, mode: str, ranks: int) -> None:
-    job = compose(PAPER, f"cluster={cluster}").job
-    found = (job.device_type, job.scheduler.mode, job.scheduler.ranks_per_node)
-    assert found == (device, mode, ranks)
+    "cluster, device, mode, nodes, ranks, workers",
+    [
+        ("gpu", "cuda", "local", 1, 1, 8), ("node", "cuda", "local", 1, 8, 8),
+        ("slurm", "cuda", "slurm", 2, 8, 8), ("slurm_node", "cuda", "slurm", 1, 8, 8),
+        ("slurm_gpu", "cuda", "slurm", 1, 1, 8), ("slurm_cpu", "cpu", "slurm", 1, 1, 0),
+    ],
+)  # fmt: skip
+def test_clusters(
+    cluster: str, device: str, mode: str, nodes: int, ranks: int, workers: int
+) -> None:
+    config = compose(PAPER, f"cluster={cluster}")
+    scheduler = config.job.scheduler
+    assert (config.job.device_type, scheduler.mode) == (device, mode)
+    assert (scheduler.num_nodes, scheduler.ranks_per_node) == (nodes, ranks)
+    assert config.runner.train_dataloader.num_workers == workers
+    assert config.runner.train_eval_unit.tf32 == (device == "cuda")
 
 
 @pytest.mark.parametrize(

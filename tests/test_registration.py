@@ -90,7 +90,7 @@ def test_off_switch(switch: str) -> None:
     assert run_python(LIGHT + LOOK, **{switch: "0"}).stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("part", ["_RegistryFinder", "_run_after_loading", "_install"])
+@pytest.mark.parametrize("part", ["_ModuleFinder", "_run_after_loading", "_install"])
 def test_broken_hook_never_breaks_torch_or_fairchem(part: str) -> None:
     broken = f"import escaip_fairchem._registration as hook\nhook.{part} = None\n"
     done = run_python(broken + LIGHT + LOOK)
@@ -115,3 +115,32 @@ def test_import_of_the_package_is_free_of_torch() -> None:
         "print([name for name in ('torch', 'numpy', 'ase', 'fairchem') if name in sys.modules])"
     )
     assert run_python(code).stdout.strip() == "[]"
+
+
+def test_each_start_has_a_file_of_its_own_to_meet(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    # what starts that were killed left behind, and the file of another program in the folder
+    for name in (".shared-0", ".shared-0-6", ".shared-1-6"):
+        (folder / name).write_text("old addresses")
+    code = LIGHT + (
+        "import os, sys\n"
+        "from fairchem.core.common.distutils import get_init_method\n"
+        "os.environ['SLURM_JOB_ID'] = '7'\n"
+        "for os.environ['SLURM_RESTART_COUNT'] in '12':\n"
+        "    for rank in (1, 0):\n"
+        "        print(get_init_method('file', 2, rank, filename=sys.argv[1] + '/.shared-0'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True
+    )
+    methods = done.stdout.split()
+    assert [method.partition("?")[2] for method in methods[:2]] == [
+        "world_size=2&rank=1",
+        "world_size=2&rank=0",
+    ]
+    files = [Path(method.removeprefix("file://").partition("?")[0]) for method in methods]
+    assert files[0] == files[1] != files[2] == files[3]
+    assert {file.parent for file in files} == {folder}
+    assert not any(file.exists() for file in files)
+    assert {file.name for file in folder.iterdir()} == {".shared-0", ".shared-1-6"}

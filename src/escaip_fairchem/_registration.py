@@ -3,7 +3,8 @@
 `arm` is the target of a packaging entry point in the group ``torch.backends``: torch calls it
 at the end of ``import torch``, when fairchem is at most half imported. So this module uses the
 standard library only, waits until fairchem's registry module has been executed, and then hangs
-in names that import the real classes on first use. See ``docs/registration.md``.
+in names that import the real classes on first use. `_rendezvous` is put in its place by the same
+means: ranks need it before any other code of this package runs. See ``docs/registration.md``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from escaip_fairchem import _rendezvous
+
 if TYPE_CHECKING:
-    from collections.abc import ItemsView, ValuesView
+    from collections.abc import Callable, ItemsView, ValuesView
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -31,7 +34,7 @@ SHORT_NAMES = {
 
 
 def arm() -> None:
-    """Register the short names now, or as soon as fairchem's registry exists.
+    """Do what is to be done to modules of fairchem now, or as soon as they exist.
 
     Never raises: an exception here would make ``import torch`` fail for every program of the
     environment.
@@ -39,11 +42,17 @@ def arm() -> None:
     with contextlib.suppress(Exception):
         if os.environ.get(SWITCH, "1") == "0":
             return
-        module = sys.modules.get(REGISTRY_MODULE)
-        if hasattr(module, "registry"):
-            _install(module)
-        elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _RegistryFinder())
+        _after_import(REGISTRY_MODULE, "registry", _install)
+        _after_import(_rendezvous.DISTRIBUTED_MODULE, _rendezvous.FUNCTION, _rendezvous.install)
+
+
+def _after_import(name: str, part: str, install: Callable[[ModuleType], None]) -> None:
+    """Call `install` with a module that has, or will have, been executed as far as `part`."""
+    module = sys.modules.get(name)
+    if hasattr(module, part):
+        install(module)
+    elif not any(isinstance(it, _ModuleFinder) and it.name == name for it in sys.meta_path):
+        sys.meta_path.insert(0, _ModuleFinder(name, install))
 
 
 class _ClassByName:
@@ -86,18 +95,22 @@ def _install(module: ModuleType) -> None:
     tables["model_name_mapping"] = _LazyClasses({**ours, **current})
 
 
-class _RegistryFinder:
-    """A one-shot import hook that runs `_install` after the registry module was executed."""
+class _ModuleFinder:
+    """A one-shot import hook that runs a function after a module was executed."""
+
+    def __init__(self, name: str, install: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.install = install
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Find the registry module by the other finders, with `_install` added to its loading."""
-        if fullname != REGISTRY_MODULE:
+        """Find the module by the other finders, with the function added to its loading."""
+        if fullname != self.name:
             return None
         with contextlib.suppress(Exception):
             sys.meta_path.remove(self)
             spec = _spec_from_other_finders(fullname, path, target)
             if spec is not None:
-                _run_after_loading(spec)
+                _run_after_loading(spec, self.install)
             return spec
         return None
 
@@ -111,13 +124,13 @@ def _spec_from_other_finders(fullname: str, path: Any, target: Any) -> ModuleSpe
     return None
 
 
-def _run_after_loading(spec: ModuleSpec) -> None:
+def _run_after_loading(spec: ModuleSpec, install: Callable[[ModuleType], None]) -> None:
     execute = spec.loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         execute(module)
         with contextlib.suppress(Exception):
-            _install(module)
+            install(module)
 
     # The loader object belongs to this one spec, so nothing else sees the replacement.
     spec.loader.exec_module = exec_module

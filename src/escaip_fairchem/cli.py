@@ -20,6 +20,7 @@ from escaip_fairchem.commands import (
     references,
     sample_data,
     split,
+    sweep,
 )
 from escaip_fairchem.errors import UserError
 
@@ -35,6 +36,7 @@ COMMANDS = (
     split,
     import_checkpoint,
     finetune,
+    sweep,
     info,
     check,
     plot,
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after a mistake of the user, which is printed in one line.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(sweep.with_action(sys.argv[1:] if argv is None else argv))
     try:
         args.run(args)
     except UserError as error:

@@ -353,7 +353,8 @@ def _translate(kwargs: dict[str, Any]) -> dict[str, Any]:
         target, value = _own(key, given)
         if target is None:
             continue
-        _require(target in own, _unknown_key(key, own))
+        if target not in own:  # the message takes long
+            raise UserError(_unknown_key(key, own))
         _require(target not in values, f"{key} and another key both set {target}; keep one")
         values[target] = value
     return values

@@ -116,6 +116,11 @@ def load_safely(path: Path) -> Any:
     return checkpoint
 
 
+def rises(metric: str) -> bool:
+    """Whether a metric is better when it is larger."""
+    return any(part in metric for part in ("cosine", "efwt", "within_threshold"))
+
+
 def read_config(path: Path, backbone: Mapping[str, Any]) -> EScAIPConfig:
     """The configuration of a checkpoint's backbone, its preset filled in.
 

@@ -78,6 +78,7 @@ RECIPE_KEYS = {
     "steps": "optimizer steps, or null with `epochs`",
     "lr": "largest learning rate",
     "max_atoms": "atoms in a batch, per GPU",
+    "train_fraction": "part of the training structures, the same ones whatever the seed",
     "accumulate": "batches per optimizer step and GPU",
     "train_on_free_atoms": "false also learns the forces on fixed atoms",
     "loss": "weights: `loss.energy`, `loss.forces` and, with stress, `loss.stress`",

@@ -88,7 +88,13 @@ ASE_FORMAT = f"{__name__}.{SpawnSafeAseDBDataset.__name__}"
 
 
 def create_dataset(
-    name: str, split: str, src: str | Sequence[str], *, stress: bool = False, **options: Any
+    name: str,
+    split: str,
+    src: str | Sequence[str],
+    *,
+    stress: bool = False,
+    fraction: float = 1.0,
+    **options: Any,
 ) -> ConcatDataset:
     """Open one split for fairchem's data loader.
 
@@ -101,6 +107,8 @@ def create_dataset(
         src: Folder or file in ASE-LMDB format, or LMDB of fairchem 1, or several. A relative path
             is looked for in the data root (``$ESCAIP_DATA``), then in the working directory.
         stress: Whether to load stress; infinite where a structure has none.
+        fraction: Part of the structures to take, drawn at random by the option ``seed`` (0), not
+            by the seed of the training; a smaller part is contained in a larger one.
         **options: ``first_n``, ``max_atoms``, ``metadata_path``, ``no_shuffle``, ``sample_n``,
             ``seed`` or ``subset_to`` of fairchem's ``create_dataset``.
 
@@ -108,12 +116,12 @@ def create_dataset(
         A data set of one part, ``{name}.{split}``.
 
     Raises:
-        UserError: If a path holds no data, an option is unknown, or nothing has stress.
+        UserError: If a path holds no data, an option is unknown, the fraction is not above 0 and
+            at most 1, or nothing has stress.
     """
-    paths = [
-        str(_find_data(name, split, Path(path)))
-        for path in ([src] if isinstance(src, str) else src)
-    ]
+    if not 0 < fraction <= 1:
+        raise UserError(f"train_fraction is {fraction}; give a number above 0 and at most 1")
+    paths = find_sources(name, split, src)
     _require_known(options)
     transforms: dict[str, Any] = {"common_transform": {"dataset_name": name}}
     if stress:
@@ -133,9 +141,27 @@ def create_dataset(
     }
     sampling = {"type": "explicit", "ratios": {f"{name}.{split}": 1.0}}
     dataset = create_concat_dataset(OmegaConf.create({name: config}), {"sampling": sampling})
+    if fraction < 1:
+        config["sample_n"] = max(1, round(fraction * len(dataset)))
+        dataset = create_concat_dataset(OmegaConf.create({name: config}), {"sampling": sampling})
     if stress:
         _require_stress(dataset, f"data set {name}, split {split}")
     return dataset
+
+
+def find_sources(name: str, split: str, src: str | Sequence[str]) -> list[str]:
+    """Where the data of a split are.
+
+    Args:
+        name: Label of the data set.
+        split: Name of the split.
+        src: As `create_dataset` takes it.
+
+    Raises:
+        UserError: If a path holds no data.
+    """
+    paths = [src] if isinstance(src, str) else src
+    return [str(_find_data(name, split, Path(path))) for path in paths]
 
 
 def _require_stress(dataset: ConcatDataset, what: str) -> None:

@@ -13,6 +13,7 @@ from torchtnt.framework.callback import Callback
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.checkpoints import sync
+from escaip_fairchem.train.metrics import FILE_NAME, read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from escaip_fairchem.train.unit import TrainEvalUnit
 
-FILE_NAME = "metrics.csv"
 _COLUMNS = ["step", "epoch", "lr", "wall_time_s", "train_loss"]
 
 
@@ -178,25 +178,3 @@ def column_names(metrics: dict[str, float]) -> dict[str, float]:
         "_".join([splits[dataset] if unique else dataset, *rest]): metrics[name]
         for name, (dataset, *rest) in parts.items()
     }
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.csv.
-
-    Args:
-        path: The file; it need not exist.
-
-    Returns:
-        One dictionary a row, numbers as numbers, without the cells that are empty.
-    """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            {name: _number(cell) for name, cell in row.items() if cell}
-            for row in csv.DictReader(file)
-        ]
-
-
-def _number(cell: str) -> int | float:
-    return int(cell) if cell.isdigit() else float(cell)

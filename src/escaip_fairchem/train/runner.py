@@ -60,6 +60,13 @@ def _user_error_behind(error: BaseException | None) -> UserError | None:
     return UserError(*error.args) if error is not None else None
 
 
+def _reason(error: BaseException) -> str:
+    """The last line of an error; of the first one, where others are raised from it."""
+    while error.__cause__ is not None:  # Hydra's own message ends in a configuration key
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[-1]
+
+
 def share_cores() -> None:
     """Give each rank of a machine its part of the cores, unless OMP_NUM_THREADS is set.
 
@@ -260,7 +267,7 @@ class TrainEvalRunner(train_runner.TrainEvalRunner):
                 self._record.end("interrupted", "stopped at once")
                 raise SystemExit(128 + code) from None
             if self._record.status.state in ALIVE or not isinstance(error, SystemExit):
-                self._record.end("failed", f"{type(error).__name__}: {error}".splitlines()[-1])
+                self._record.end("failed", _reason(error))
             raise
         finally:
             if last:

@@ -14,9 +14,10 @@ import torch
 from fairchem.core.common import distutils
 
 import escaip_fairchem
-from escaip_fairchem.describe import UNITS
+from escaip_fairchem.describe import UNITS, rises
 from escaip_fairchem.train.baselines import baseline_metrics, evenly_spaced
-from escaip_fairchem.train.callbacks import FILE_NAME, column_names, read_metrics
+from escaip_fairchem.train.callbacks import column_names
+from escaip_fairchem.train.metrics import FILE_NAME, read_metrics
 from escaip_fairchem.train.speed import SpeedCallback, steps_per_epoch
 
 if TYPE_CHECKING:
@@ -103,11 +104,6 @@ def _metrics(
         if name in baselines:
             found[name]["baseline"] = baselines[name]
     return found
-
-
-def rises(metric: str) -> bool:
-    """Whether a metric is better when it is larger."""
-    return any(part in metric for part in ("cosine", "efwt", "within_threshold"))
 
 
 def unit_of(metric: str) -> str:
