@@ -50,7 +50,7 @@ def test_commands(
 
 def test_restart_is_the_same_command(tmp_path: Path) -> None:
     """What that does is seen in test_training."""
-    _, _, section = (ROOT / "docs" / "training.md").read_text().partition("## Restarting")
+    _, _, section = (ROOT / "docs" / "training.md").read_text().partition("## Interruptions")
     (_, _, code) = BLOCK.search(section).groups()
     (call,) = calls(code, tmp_path)
     assert call in quick_start_calls(tmp_path)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RECIPE = Path(__file__).parents[1] / "configs" / "oc20" / "escaip_2m.yml"
 SMALL = ["cluster=cpu", "backbone=tiny", "dataset=sample"]
-# `tiny` has no dropout: random states are not part of fairchem's checkpoints.
+
 STEPS, CHECKPOINT = 30, 20
 COMMAND = (
     "recipe.yml", *SMALL, f"steps={STEPS}", "epochs=null", "lr=1e-3", "max_atoms=120",
