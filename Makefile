@@ -30,10 +30,11 @@ lint: $(VENV)/installed-test
 clean:
 	rm -rf $(VENV) build dist
 
-# Installed again only when the dependencies may have changed.
+# Installed again only when the dependencies may have changed. What is imported is compiled then:
+# compiling all of it first takes over a minute.
 define install
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e "$(1)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e "$(1)"
 	touch $@
 endef
 

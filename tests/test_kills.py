@@ -104,11 +104,14 @@ def test_killed_at_any_moment(folder: Path, undisturbed: tuple[Any, float]) -> N
 
 
 def test_control_c(folder: Path, undisturbed: tuple[Any, float]) -> None:
-    """The first saves and stops; meanwhile the run is locked; the printed command goes on."""
+    """The first saves and stops; the printed command goes on as it began.
+
+    Meanwhile the run is locked against a second one, which has other settings.
+    """
     run = Run(folder, "config.yaml")
     run.when(lambda: read_status(run_of(folder)).state == "running")
     assert holder(run_of(folder))["pid"] == run.pid
-    second = Run(folder, "config.yaml", log="second")
+    second = Run(folder, "config.yaml", "job.seed=7", log="second")
     assert second.wait() == 1
     assert f"is in use by process {run.pid}" in second.said().strip().splitlines()[-1]
     run.kill(signal.SIGINT)

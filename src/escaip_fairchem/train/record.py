@@ -30,8 +30,10 @@ class Record:
 
     def __init__(self, run: Path) -> None:
         self.run = run
+        self.config_path = run / "canonical_config.yaml"
         self.status = RunStatus("starting")
         self._lock: RunLock | None = None
+        self._config: bytes | None = None
         mistake = self._open() if distutils.is_master() else None
         mistake = gathered(mistake)[0]
         if mistake:
@@ -45,6 +47,8 @@ class Record:
         except UserError as error:
             return str(error)
         self._lock = lock
+        if self.config_path.is_file():
+            self._config = self.config_path.read_bytes()
         if before.state != "absent":
             self.status.restarts = before.restarts + (before.state != "finished")
             self.status.step, self.status.epoch = before.step, before.epoch
@@ -65,7 +69,15 @@ class Record:
         if step is not None:
             self.status.step = step
         if self._lock is not None:
+            self._restore_config()
             write_status(self.run, self.status)
+
+    def _restore_config(self) -> None:
+        """fairchem's command writes its configuration before it learns that the run is locked."""
+        if self._config is not None and self.config_path.read_bytes() != self._config:
+            partial = self.config_path.with_name(f".{self.config_path.name}.partial")
+            partial.write_bytes(self._config)
+            partial.replace(self.config_path)
 
     def close(self) -> None:
         """Free the lock."""
@@ -79,7 +91,7 @@ class Record:
         Args:
             stop: What ended it.
         """
-        path = self.run / "canonical_config.yaml"
+        path = self.config_path
         if path.is_relative_to(Path.cwd()):
             path = path.relative_to(Path.cwd())
         further = " runner.stop_at_step=null" if stop is not None and stop.number is None else ""
