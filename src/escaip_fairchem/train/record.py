@@ -73,7 +73,7 @@ class Record:
             write_status(self.run, self.status)
 
     def _restore_config(self) -> None:
-        """fairchem's command writes its configuration before it learns that the run is locked."""
+        """Undo the write of a second command, which fairchem does before the lock refuses it."""
         if self._config is not None and self.config_path.read_bytes() != self._config:
             partial = self.config_path.with_name(f".{self.config_path.name}.partial")
             partial.write_bytes(self._config)
