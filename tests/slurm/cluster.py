@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,9 +119,13 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a command of SLURM."""
-        done = subprocess.run(
-            command, env=self.environment(), capture_output=True, text=True, timeout=60, check=False
-        )
+        for _ in range(3):
+            done = subprocess.run(
+                command, env=self.environment(), capture_output=True, text=True, timeout=60,
+                check=False,
+            )  # fmt: skip
+            if "contact slurm controller" not in done.stderr or not self._revive_controller():
+                break
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
@@ -160,6 +165,18 @@ class Cluster:
             kill(process, signal.SIGTERM)
             if not _within(10, lambda pid=process: not alive(pid)):
                 kill(process, signal.SIGKILL)
+
+    def _revive_controller(self) -> bool:
+        """Start the controller again if it died, as systemd would; whether it had.
+
+        That of SLURM 22.05 is seen to crash, rarely, when a node fails and comes back.
+        """
+        pid = self._pid("slurmctld.pid")
+        if pid is None or alive(pid):
+            return False
+        warnings.warn(f"slurmctld died and is started again: {self.state}", stacklevel=3)
+        self._daemon("slurmctld", "-f", str(self.config))
+        return True
 
     def _start_munged(self) -> None:
         key = self.state / "munge.key"
