@@ -6,40 +6,30 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from fairchem.core.common import distutils
 from fairchem.core.units.mlip_unit import mlip_unit
-from fairchem.core.units.mlip_unit.api.inference import MLIPInferenceCheckpoint
 from fairchem.core.units.mlip_unit.utils import tf32_context_manager
-from omegaconf import OmegaConf
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from escaip_fairchem.data.energies import use_exact_energy
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.averaging import warmed_up_average
-from escaip_fairchem.train.checkpoints import published
 from escaip_fairchem.train.counting import loss_counts, loss_weights, summed
 from escaip_fairchem.train.evaluation import EvalUnit, device_type, reduced_precision
 from escaip_fairchem.train.later import Later
-from escaip_fairchem.train.nonfinite import MOST_SKIPPED, report
+from escaip_fairchem.train.nonfinite import FiniteCheck
+from escaip_fairchem.train.saving import SavedUnit
 from escaip_fairchem.train.sharding import sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fairchem.core.datasets.atomic_data import AtomicData
-    from omegaconf import DictConfig
     from torchtnt.framework import State
 
     from escaip_fairchem.train.signals import Signals
@@ -48,7 +38,7 @@ if TYPE_CHECKING:
 SMALLEST_SCALE = 1e-6
 
 
-class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
+class TrainEvalUnit(SavedUnit):
     """fairchem's training unit with its own step.
 
     A step is one move of the optimizer, on `accumulate` batches of every rank. Steps, epochs,
@@ -68,7 +58,7 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             stay in float32.
         fp16: The same in float16, with loss scaling, for GPUs without bfloat16.
         shard_optimizer: Share the states of the optimizer out among the ranks.
-        on_nan: ``stop`` or ``skip``, where a loss or gradient is not finite; see `_finite`.
+        on_nan: ``stop`` or ``skip``, where a loss or gradient is not finite; see `FiniteCheck`.
         kwargs: As for fairchem's unit.
 
     Raises:
@@ -96,8 +86,6 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             )
         if not isinstance(accumulate, int) or accumulate < 1:
             raise UserError(f"accumulate must be a whole number of at least 1, got {accumulate}")
-        if on_nan not in ("stop", "skip"):
-            raise UserError(f"on_nan must be stop or skip, got {on_nan}")
         dtype = reduced_precision(bf16=bf16, fp16=fp16)
         if kwargs.get("train_strategy", "ddp") != "ddp":
             raise UserError(
@@ -115,10 +103,8 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         self.ema_model.multi_avg_fn = warmed_up_average(ema_decay)
         self.accumulate = accumulate
         self.shard_optimizer = shard_optimizer
-        self.on_nan = on_nan
-        self._skipped = 0  # steps in a row
-        self._last_step: tuple[Any, ...] = ()
-        self._norm, self._flags = Later(), Later()
+        self._finite = FiniteCheck(Path(self.job_config.metadata.config_path).parent, on_nan)
+        self._flags = Later()
         self._epoch_is_over = False
         self.autocast_enabled, self.autocast_dtype = dtype is not None, dtype or torch.bfloat16
         self.scaler = torch.amp.GradScaler(device_type(), enabled=fp16)
@@ -163,7 +149,7 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             state: torchtnt's state.
             data: The batches of this rank.
         """
-        self.check_last_step()
+        self._finite.look()
         try:
             self.last_loss = self._backward(data)
             moved = self._move(data)
@@ -220,7 +206,13 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=limit).detach()
         if self.clip_grad_norm is not None:
             self.last_grad_norm = norm
-        if not self.scaler.is_enabled() and not self._finite(norm, batches):
+        if not self.scaler.is_enabled() and not self._finite.put(
+            norm,
+            batches,
+            self._losses_of_step,
+            step=self.train_progress.num_steps_completed,
+            rate=self.scheduler.get_last_lr()[0],
+        ):
             self.optimizer.zero_grad(set_to_none=True)
             return False
         before = self.scaler.get_scale()
@@ -240,47 +232,6 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
         self.ema_model.update_parameters(self.model)
         return True
 
-    def _finite(self, norm: torch.Tensor, batches: list[AtomicData]) -> bool:
-        """Whether the norm of the gradient is finite, as it is not where a loss is not.
-
-        Ranks see the same gradient, so they agree without a word. On a GPU the norm of a step is
-        looked at when the next step, an evaluation or a checkpoint begins, so that the GPU need not
-        wait; weights that a step spoilt are then thrown away, and the newest checkpoint is without
-        it. To leave a step out it must be looked at before, which makes the GPU wait at each step.
-        With `fp16` the loss scale deals with it.
-        """
-        number = self.train_progress.num_steps_completed
-        rate = self.scheduler.get_last_lr()[0]
-        self._last_step = (number, batches, self._losses_of_step, rate)
-        self._norm.put(norm)
-        return True if norm.is_cuda and self.on_nan == "stop" else self.check_last_step()
-
-    def check_last_step(self) -> bool:
-        """Look at the gradient of the last step, once; whether it was finite.
-
-        Raises:
-            UserError: It was not, and `on_nan` is ``stop`` or too many steps were left out.
-        """
-        norm = self._norm.take()
-        if norm is None or norm.isfinite():
-            self._skipped = 0
-            return True
-        step, batches, losses, rate = self._last_step
-        run = Path(self.job_config.metadata.config_path).parent
-        path = report(run, step, batches, losses, lr=rate, grad_norm=float(norm))
-        self._skipped += 1
-        what = f"step {step}: the loss or its gradient is not finite; its structures are in {path}"
-        if self.on_nan == "stop":
-            raise UserError(
-                f"{what}; look at their labels and distances, lower lr or optim.clip_grad_norm, or "
-                "set on_nan=skip to leave such steps out"
-            )
-        if self._skipped >= MOST_SKIPPED:
-            raise UserError(f"{what}; {self._skipped} steps in a row were left out; lower lr")
-        if distutils.is_master():
-            logging.warning(f"{what}; it was left out")
-        return False
-
     def signal_of_all_ranks(self) -> int | None:
         """The signal at which all ranks stop now, before the step that is about to begin.
 
@@ -296,11 +247,20 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
 
     def on_eval_start(self, state: State) -> None:
         """Evaluate only weights that are finite."""
-        self.check_last_step()
+        self._finite.look()
+
+    def save_state(self, checkpoint_location: str) -> None:
+        """Save only weights that are finite.
+
+        Args:
+            checkpoint_location: Folder to write.
+        """
+        self._finite.look()
+        super().save_state(checkpoint_location)
 
     def on_train_end(self, state: State) -> None:
         """End with weights that are finite."""
-        self.check_last_step()
+        self._finite.look()
         super().on_train_end(state)
 
     def _report(self, batches: list[AtomicData]) -> None:
@@ -332,90 +292,3 @@ class TrainEvalUnit(mlip_unit.MLIPTrainEvalUnit):
             self.logger.log(log, step=step, commit=True)
         if step % self.print_every == 0:
             logging.info(log)
-
-    def save_state(self, checkpoint_location: str) -> None:
-        """Write a checkpoint, and what predicts with it; the caller makes sure that it is whole.
-
-        fairchem reads its checkpoint again to make the latter, and writes it twice.
-
-        Args:
-            checkpoint_location: Folder to write.
-        """
-        self.check_last_step()
-        folder = Path(checkpoint_location)
-        config = self.run_config.copy()
-        config.job.runner_state_path = str(published(folder))
-        if self.get_finetune_model_config() is not None:
-            config.runner.train_eval_unit.model = self.get_finetune_model_config()
-        state = self.state_dict()
-        dcp.save({"unit_state": state, "config": config}, checkpoint_id=checkpoint_location)
-        if not distutils.is_master():
-            return
-        OmegaConf.save(config, folder / mlip_unit.UNIT_RESUME_CONFIG)
-        if self.save_inference_ckpt:
-            unit = OmegaConf.to_container(config.runner.train_eval_unit, resolve=True)
-            model, average = (
-                {name: tensor.cpu() for name, tensor in state[key].items()}
-                for key in ("model", "ema")
-            )
-            checkpoint = MLIPInferenceCheckpoint(
-                model_config=unit["model"],
-                model_state_dict=model,
-                ema_state_dict=average,
-                tasks_config=unit["tasks"],
-            )
-            # a stream of Python tells why it cannot be written
-            with (folder / mlip_unit.UNIT_INFERENCE_CHECKPOINT).open("wb") as file:
-                torch.save(checkpoint, file)
-
-    @cached_property
-    def run_config(self) -> DictConfig:
-        """Configuration of the run, read once: a command that is refused overwrites the file."""
-        return OmegaConf.load(self.job_config.metadata.config_path)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What fairchem saves, the loss scale of fp16, and the length of an epoch."""
-        state = super().state_dict()
-        state["steps_per_epoch"] = self._steps_per_epoch
-        if self.scaler.is_enabled():
-            state["scaler"] = self.scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a state.
-
-        With another number of ranks or batches per step, training goes on at the same part of the
-        epoch; the schedule of the learning rate keeps the length it was made for.
-
-        Args:
-            state_dict: From `state_dict`.
-        """
-        set_model_state_dict(self.model, state_dict["model"])
-        set_model_state_dict(self.ema_model, state_dict["ema"])
-        set_optimizer_state_dict(
-            self.model,
-            self.optimizer,
-            state_dict["optim"],
-            # a rank with a part of the states lacks the others
-            options=StateDictOptions(strict=not self.shard_optimizer),
-        )
-        progress = dict(state_dict["progress"])
-        saved, now = state_dict.get("steps_per_epoch"), self._steps_per_epoch
-        if saved and saved != now:
-            done = progress["num_steps_completed_in_epoch"]
-            progress["num_steps_completed_in_epoch"] = min(done * now // saved, now - 1)
-            logging.warning(f"an epoch has {now} steps, {saved} when the checkpoint was saved")
-        self.train_progress.load_state_dict(progress)
-        self.scheduler.load_state_dict(state_dict["scheduler"])
-        if "scaler" in state_dict:
-            self.scaler.load_state_dict(state_dict["scaler"])
-
-    def _execute_load_state(self, checkpoint_location: str) -> None:
-        state = self.state_dict()
-        saved = dcp.FileSystemReader(checkpoint_location).read_metadata().state_dict_metadata
-        for key in ("scaler", "steps_per_epoch"):  # not in every checkpoint
-            if not any(name.startswith(f"unit_state.{key}") for name in saved):
-                state.pop(key, None)
-        dcp.load({"unit_state": state}, checkpoint_id=checkpoint_location)
-        self.load_state_dict(state)
-        logging.info(f"Done loading checkpoint from {checkpoint_location}")
