@@ -37,7 +37,6 @@ def trainings(
         point.carry_out(training)
         return training
 
-    assert slurm.wait(undisturbed.jobs[0], timeout=600) == "COMPLETED", undisturbed.log()[-3000:]
     with ThreadPoolExecutor(2) as pool:
         yield {point: pool.submit(carry_out, point) for point in POINTS}
         pool.shutdown(cancel_futures=True)
@@ -45,8 +44,12 @@ def trainings(
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_interrupted_run_ends_as_an_undisturbed_one(
-    trainings: dict[Interruption, Future[Training]], undisturbed: Training, point: Interruption
+    slurm: Cluster,
+    trainings: dict[Interruption, Future[Training]],
+    undisturbed: Training,
+    point: Interruption,
 ):
+    assert slurm.wait(undisturbed.jobs[0], timeout=600) == "COMPLETED", undisturbed.log()[-3000:]
     training = trainings[point].result()
     print(f"{point}: {training.restarts()} restarts, {len(training.jobs)} jobs")
     assert_same(training, undisturbed)
