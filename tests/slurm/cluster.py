@@ -166,6 +166,8 @@ class Cluster:
             kill(process, signal.SIGTERM)
             if not _within(10, lambda pid=process: not alive(pid)):
                 kill(process, signal.SIGKILL)
+        for process in self.job_processes():
+            kill(process, signal.SIGKILL)
 
     def _revive_controller(self) -> bool:
         """Start the controller again if it died, as systemd would; whether it had.
@@ -243,7 +245,10 @@ class Cluster:
         found = set()
         for process in _processes():
             variables = _environment_of(process)
-            if variables.get("SLURM_CONF") != str(self.config) or "SLURM_JOB_ID" not in variables:
+            if variables.get("SLURM_CONF") != str(self.config):
+                continue
+            # those that watch a job outlive it while they cannot reach the controller
+            if "SLURM_JOB_ID" not in variables and _name(process) != "slurmstepd":
                 continue
             if node in (None, variables.get("SLURMD_NODENAME")):
                 found.add(process)
