@@ -70,7 +70,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Configurations by shape, composed once."""
     folder = tmp_path_factory.mktemp("recovery")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -84,15 +84,15 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             *(f"++backbone.{name}={value}" for name, value in {**SMALL, "num_layers": 1}.items()),
         ]
         composed = OmegaConf.to_container(get_hydra_config_from_yaml(str(RECIPE), common))
-    # enumerations as their names
-    composed = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(composed)))
-    without_references(composed)
-    found = {}
-    for shape, settings in SHAPES.items():
-        found[shape] = deepcopy(composed)
-        for name, value in settings.items():
-            set_to(found[shape], name, value)
-    return found
+        # enumerations as their names
+        composed = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(composed)))
+        without_references(composed)
+        found = {}
+        for shape, settings in SHAPES.items():
+            found[shape] = deepcopy(composed)
+            for name, value in settings.items():
+                set_to(found[shape], name, value)
+        yield found  # data are looked for when they are read, too
 
 
 @pytest.fixture(scope="module")

@@ -365,7 +365,7 @@ def test_the_same_command_again_does_nothing_and_a_changed_one_is_refused(swept)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     code, output = run_sweep(folder, "seed=5")
     assert code == 2
-    assert "job.seed was 0 and is 5" in output
+    assert "seed was 0 and is 5" in output
 
 
 def test_a_sweep_that_is_under_way_is_left_alone(swept):

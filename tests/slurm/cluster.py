@@ -18,7 +18,9 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,9 +120,13 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a command of SLURM."""
-        done = subprocess.run(
-            command, env=self.environment(), capture_output=True, text=True, timeout=60, check=False
-        )
+        for _ in range(3):
+            done = subprocess.run(
+                command, env=self.environment(), capture_output=True, text=True, timeout=60,
+                check=False,
+            )  # fmt: skip
+            if "contact slurm controller" not in done.stderr or not self._revive_controller():
+                break
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
@@ -160,6 +166,20 @@ class Cluster:
             kill(process, signal.SIGTERM)
             if not _within(10, lambda pid=process: not alive(pid)):
                 kill(process, signal.SIGKILL)
+        for process in self.job_processes():
+            kill(process, signal.SIGKILL)
+
+    def _revive_controller(self) -> bool:
+        """Start the controller again if it died, as systemd would; whether it had.
+
+        That of SLURM 22.05 is seen to crash, rarely, when a node fails and comes back.
+        """
+        pid = self._pid("slurmctld.pid")
+        if pid is None or alive(pid):
+            return False
+        warnings.warn(f"slurmctld died and is started again: {self.state}", stacklevel=3)
+        self._daemon("slurmctld", "-f", str(self.config))
+        return True
 
     def _start_munged(self) -> None:
         key = self.state / "munge.key"
@@ -225,7 +245,10 @@ class Cluster:
         found = set()
         for process in _processes():
             variables = _environment_of(process)
-            if variables.get("SLURM_CONF") != str(self.config) or "SLURM_JOB_ID" not in variables:
+            if variables.get("SLURM_CONF") != str(self.config):
+                continue
+            # those that watch a job outlive it while they cannot reach the controller
+            if "SLURM_JOB_ID" not in variables and _name(process) != "slurmstepd":
                 continue
             if node in (None, variables.get("SLURMD_NODENAME")):
                 found.add(process)
@@ -291,10 +314,17 @@ class Cluster:
             raise TimeoutError(f"after {timeout} s: {what()}")
 
     def hurry(self) -> None:
-        """Let requeued jobs begin; SLURM makes them wait two minutes."""
+        """Let requeued jobs begin in five seconds; SLURM makes them wait two minutes.
+
+        At once is too early: a node that has just come back still removes what it had of the job.
+        """
         for job, state in self.jobs().items():
-            if state == "PENDING" and self.show(job)["Restarts"] != "0":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            eligible = self.show(job)["EligibleTime"] if state == "PENDING" else "Unknown"
+            with suppress(ValueError):  # not known
+                wait = datetime.fromisoformat(eligible) - datetime.now()
+                if wait > timedelta(seconds=10):
+                    start = "StartTime=now+5seconds"
+                    self.run("scontrol", "update", f"JobId={job}", start, check=False)
 
     def wait_running(self, job: str, *, timeout: float = 120) -> None:
         """Wait until a job runs."""

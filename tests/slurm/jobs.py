@@ -70,6 +70,7 @@ class Training:
         """Give the command, in this process: its imports take ten seconds. The job's number."""
         from fairchem.core import _cli
 
+        self.slurm.jobs()  # starts a controller that died
         _, recipe, *overrides = self.arguments()
         with (
             _one_at_a_time,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
-from cluster import Cluster, alive
+import pytest
+
+from cluster import Cluster, alive, kill
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 
 def submit(slurm: Cluster, folder: Path, script: str, *options: str) -> str:
@@ -41,6 +43,17 @@ def test_failed_node_queues_its_job_again(slurm: Cluster, tmp_path: Path):
     assert slurm.wait(job, timeout=120) == "COMPLETED"
     assert slurm.show(job)["Restarts"] == "1"
     assert output.read_text().split("\n")[-2] == "attempt 1"
+
+
+def test_controller_that_dies_keeps_its_jobs(slurm: Cluster, tmp_path: Path):
+    job = submit(slurm, tmp_path, "sleep 900")
+    slurm.wait_running(job)
+    time.sleep(6)  # its state is saved every five seconds
+    kill(int((slurm.state / "slurmctld.pid").read_text()), signal.SIGKILL)
+    with pytest.warns(UserWarning, match="slurmctld died"):
+        assert slurm.jobs() == {job: "RUNNING"}
+    slurm.cancel(job)
+    assert slurm.wait(job, timeout=60) == "CANCELLED"
 
 
 def test_stop_leaves_nothing(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory):

@@ -27,28 +27,30 @@ POINTS = interruptions(20) if FULL else interruptions(3)
 
 
 @pytest.fixture(scope="module")
-def trainings(slurm: Cluster, folder: Path) -> Iterator[dict[object, Future[Training]]]:
-    """The undisturbed training and all the others, two at a time."""
+def trainings(
+    slurm: Cluster, folder: Path, undisturbed: Training
+) -> Iterator[dict[Interruption, Future[Training]]]:
+    """All that are interrupted, two at a time."""
 
-    def carry_out(point: Interruption | None) -> Training:
-        training = Training(slurm, folder, f"point{point.number}" if point else "undisturbed")
-        if point is None:
-            training.submit()
-            training.finish()
-        else:
-            point.carry_out(training)
+    def carry_out(point: Interruption) -> Training:
+        training = Training(slurm, folder, f"point{point.number}")
+        point.carry_out(training)
         return training
 
     with ThreadPoolExecutor(2) as pool:
-        yield {point: pool.submit(carry_out, point) for point in (None, *POINTS)}
+        yield {point: pool.submit(carry_out, point) for point in POINTS}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_interrupted_run_ends_as_an_undisturbed_one(
-    trainings: dict[object, Future[Training]], point: Interruption
+    slurm: Cluster,
+    trainings: dict[Interruption, Future[Training]],
+    undisturbed: Training,
+    point: Interruption,
 ):
-    undisturbed, training = trainings[None].result(), trainings[point].result()
+    assert slurm.wait(undisturbed.jobs[0], timeout=600) == "COMPLETED", undisturbed.log()[-3000:]
+    training = trainings[point].result()
     print(f"{point}: {training.restarts()} restarts, {len(training.jobs)} jobs")
     assert_same(training, undisturbed)
     status = read_status(training.run)

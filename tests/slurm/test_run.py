@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from escaip_fairchem.train.status import read_status
-from jobs import STEPS, Training, assert_same, job_number
+from jobs import STEPS, Training, assert_same
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cluster import Cluster
 
-ONE_RANK = [
-    "cluster=slurm", "job.device_type=CPU", "job.scheduler.num_nodes=1",
-    "job.scheduler.ranks_per_node=1", "num_workers=0", "tf32=false",
-]  # fmt: skip
 ONE_NODE = [
     "cluster=slurm_cpu", "job.scheduler.ranks_per_node=2",
     "job.scheduler.distributed_init_method=FILE",
@@ -30,28 +25,15 @@ TWO_NODES = [
 
 
 @pytest.fixture(scope="module")
-def trainings(slurm: Cluster, folder: Path) -> dict[str, Training]:
+def trainings(slurm: Cluster, folder: Path, undisturbed: Training) -> dict[str, Training]:
     """Three at a time; that of one node is requeued on its way."""
-    all_ = {
-        name: Training(slurm, folder, name, settings)
-        for name, settings in [
-            ("one-rank", ONE_RANK),
-            ("one-node", ONE_NODE),
-            ("two-nodes", TWO_NODES),
-        ]
-    }
-    first = all_["one-rank"]
-    command = [Path(sys.executable).with_name("fairchem"), *first.arguments()]
-    done = subprocess.run(
-        command, cwd=folder, env=first.environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first.jobs.append(job_number(done.stdout + done.stderr))
-    all_["two-nodes"].submit()
-    requeued = all_["one-node"]
-    job = requeued.submit()
-    slurm.until(lambda: requeued.step() >= 4, timeout=240, what=requeued.log)
+    nodes = Training(slurm, folder, "two-nodes", TWO_NODES)
+    nodes.submit()
+    node = Training(slurm, folder, "one-node", ONE_NODE)
+    job = node.submit()
+    slurm.until(lambda: node.step() >= 4, timeout=240, what=node.log)
     slurm.requeue(job)
+    all_ = {"one-rank": undisturbed, "one-node": node, "two-nodes": nodes}
     for training in all_.values():
         assert slurm.wait(training.jobs[0], timeout=600) == "COMPLETED", training.log()[-3000:]
     return all_

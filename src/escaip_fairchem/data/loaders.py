@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ def get_dataloader(
             f"{len(dataset) - used} of {len(dataset)} structures have more than max_atoms atoms "
             "and are not trained on"
         )
+    if num_workers:
+        # before multiprocessing asks its children by SIGTERM to end, and waits for ever
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -81,6 +85,12 @@ def ignore_signals(_worker: int) -> None:
     own = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
     for number in (signal.SIGINT, signal.SIGTERM, own):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _worker_context() -> Any:
