@@ -106,11 +106,9 @@ def test_killed_at_any_moment(folder: Path, undisturbed: tuple[Any, float]) -> N
 def test_control_c(folder: Path, undisturbed: tuple[Any, float]) -> None:
     """The first saves and stops; the printed command goes on as it began.
 
-    Meanwhile the run is locked against a second one, which has other settings. A worker loads the
-    data, which must not keep the process from ending.
+    Meanwhile the run is locked against a second one, which has other settings.
     """
-    loaders = [f"runner.{name}_dataloader.num_workers=1" for name in ("train", "eval")]
-    run = Run(folder, "config.yaml", *loaders)
+    run = Run(folder, "config.yaml")
     run.when(lambda: read_status(run_of(folder)).state == "running")
     assert holder(run_of(folder))["pid"] == run.pid
     second = Run(folder, "config.yaml", "job.seed=7", log="second")
