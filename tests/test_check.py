@@ -286,8 +286,9 @@ def test_time_of_a_training() -> None:
         made, fake_cost(), batches, val_atoms=300, device=find_device("h100"), given=50.0,
         report=report,
     )  # fmt: skip
-    # 100 steps of two batches, each 2 s of training and 1 s of reading; two validations of 1 s
-    assert total == pytest.approx(100 * 2 * (2 + 1) + 2 * 1)
+    # 100 steps of two batches, each 2 s of training and 1 s of reading; validations of 1 s:
+    # after every 50 steps and each of the 20 epochs
+    assert total == pytest.approx(100 * 2 * (2 + 1) + 22 * 1)
     assert report.values["time"]["epoch_seconds"] == pytest.approx(5 * 6)
     assert "num_workers=1" in report.findings[0].text
 

@@ -281,15 +281,16 @@ def no_space() -> Iterator[Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.parametrize("limit", [FILE_LIMIT, 64])
 def test_full_disk(
-    configs: Any, whole: Any, tmp_path: Path, no_space: Any, monkeypatch, caplog
+    configs: Any, whole: Any, tmp_path: Path, no_space: Any, monkeypatch, caplog, limit: int
 ) -> None:
     """Training goes on; the end is refused in a line; once there is space it is the same run."""
     step = TrainEvalUnit.train_step
 
     def filling(unit: Any, *arguments: Any) -> None:
         if unit.train_progress.num_steps_completed == 7:
-            no_space(FILE_LIMIT)
+            no_space(limit)
         step(unit, *arguments)
 
     with monkeypatch.context() as patch:
@@ -301,7 +302,8 @@ def test_full_disk(
     assert [path.name for path in folder.iterdir()] == ["step_5"]
     assert damage(folder / "step_5") is None
     assert "step_10 could not be written" in caplog.text
-    assert read_status(tmp_path / "run").state == "failed"
+    # below the last limit status.json could not be written either
+    assert read_status(tmp_path / "run").state == ("failed" if limit == FILE_LIMIT else "dead")
     run(configs["dropout"], tmp_path)
     assert_same(tmp_path, whole["dropout"])
 

@@ -33,6 +33,7 @@ from escaip_fairchem.sweep.spec import Halving, load_spec, parse_spec
 from escaip_fairchem.sweep.states import look
 from escaip_fairchem.sweep.store import Sweep, difference, load_sweep
 from escaip_fairchem.sweep.submit import executor_parameters
+from escaip_fairchem.sweep.table import watch
 from escaip_fairchem.train.lock import RunLock
 from escaip_fairchem.train.status import RunStatus, write_status
 
@@ -457,3 +458,23 @@ def test_ctrl_c_stops_the_runs_in_good_order(swept, tmp_path):
     states = [state.state for state in look(load_sweep(tmp_path / "d"))]
     assert states == ["interrupted", "new", "new"]
     assert [*tmp_path.glob("d/points/lr_0.001/checkpoints/step_*")]
+
+
+def test_points_that_have_not_said_anything(tmp_path, monkeypatch):
+    """Imports take longer than a look: a point begins, or its process has ended."""
+    sweep = Sweep(tmp_path, points={"a": {}, "b": {}})
+    sweep.run("a").mkdir(parents=True)
+    (sweep.run("a") / "output.log").write_text("no such module\n")
+    found = {state.name: (state.state, state.reason) for state in look(sweep)}
+    assert found == {"a": ("lost", "no such module"), "b": ("new", None)}
+    monkeypatch.setattr("escaip_fairchem.sweep.states.holder", lambda _: {"pid": 0})
+    assert [state.state for state in look(sweep)] == ["starting", "new"]
+
+
+def test_watches_as_long_as_the_command_is_at_work(tmp_path, monkeypatch, capsys):
+    Sweep(tmp_path, points={"a": {}, "b": {}}).save()
+    answers = [{"pid": 0}, {"pid": 0}, None]
+    monkeypatch.setattr("escaip_fairchem.sweep.table.holder", lambda _: answers.pop(0))
+    watch(tmp_path, every=0)
+    assert not answers
+    assert capsys.readouterr().out.count("2 new") == 3

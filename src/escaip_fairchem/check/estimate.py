@@ -147,7 +147,8 @@ def estimate_time(
     waiting = _loader(batch_seconds, read_seconds, workers, doubt, report)
     step = batches.accumulate * (batch_seconds + waiting)
     every = config.runner.get("evaluate_every_n_steps")
-    evaluations = math.ceil(plan.steps / every) if every else math.ceil(plan.epochs)
+    # after so many steps, and after every epoch and the last step besides
+    evaluations = math.ceil(plan.epochs) + (plan.steps // every if every else 0)
     validation = FORWARD * val_atoms / (rate * batches.ranks)
     total = plan.steps * step + evaluations * validation
     report.record(

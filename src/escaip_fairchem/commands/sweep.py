@@ -107,7 +107,7 @@ def _status(args: argparse.Namespace) -> None:
     from escaip_fairchem.sweep.table import status_lines, watch
 
     if args.watch:
-        watch(load_sweep(args.dir))
+        watch(args.dir)
     else:
         print("\n".join(status_lines(load_sweep(args.dir))))
 

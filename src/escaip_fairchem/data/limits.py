@@ -81,7 +81,8 @@ def compose_recipe(recipe: Path, overrides: Sequence[str]) -> Any:
     try:
         return get_hydra_config_from_yaml(str(recipe), list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise UserError(f"{recipe} cannot be composed: {' '.join(str(error).split())}") from error
+        text = " ".join(str(error).split()).partition(" Config search path:")[0]
+        raise UserError(f"{recipe} cannot be composed: {text}") from error
 
 
 def limits_of(config: Any) -> Limits:

@@ -203,7 +203,7 @@ def _one_line(error: BaseException) -> str:
     """The message of an error and of what it was raised from."""
     texts = []
     while error is not None:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split()).partition(" Config search path:")[0]
         if text and not any(text in known for known in texts):
             texts.append(text)
         error = error.__cause__

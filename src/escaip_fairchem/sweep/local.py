@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.sweep.halving import decide, reached, rungs, stop_overrides
-from escaip_fairchem.sweep.states import log_tail, look
+from escaip_fairchem.sweep.states import LOCAL_LOG, log_tail, look
 from escaip_fairchem.sweep.store import load_sweep
-from escaip_fairchem.train.status import read_status
+from escaip_fairchem.train.status import RunStatus, read_status, write_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ def run_locally(sweep: Sweep, names: Sequence[str]) -> None:
 
 
 def _run_all(sweep: Sweep, names: Sequence[str], rung: int) -> None:
-    waiting, running = list(names), {}
+    waiting, running, told = list(names), {}, set()
     try:
         while waiting or running:
             while waiting and len(running) < (sweep.parallel or 1):
@@ -55,6 +55,9 @@ def _run_all(sweep: Sweep, names: Sequence[str], rung: int) -> None:
                     running[name] = _start(sweep, name, rung)
                     print(f"{name}: started", flush=True)
             time.sleep(_LOOK_EVERY)
+            for name in set(load_sweep(sweep.folder).canceled) & (running.keys() - told):
+                told.add(name)
+                running[name].send_signal(signal.SIGINT)
             for name, process in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
@@ -75,7 +78,7 @@ def _start(sweep: Sweep, name: str, rung: int) -> subprocess.Popen:
         raise UserError("there is no command `fairchem`; install fairchem-core")
     run = sweep.run(name)
     run.mkdir(parents=True, exist_ok=True)
-    with (run / "output.log").open("a") as log:
+    with (run / LOCAL_LOG).open("a") as log:
         # a session of its own: Ctrl-C in the terminal is for the sweep, which passes it on
         return subprocess.Popen(
             [program, "-c", str(sweep.config(name)), *stop_overrides(sweep, rung)],
@@ -87,7 +90,11 @@ def _ended(sweep: Sweep, name: str, code: int) -> str:
     status = read_status(sweep.run(name))
     if code == 0 and status.state in ("finished", "paused"):
         return f"{name}: {status.state} at step {status.step}"
-    state = next(state for state in look(sweep) if state.name == name)
+    # read anew: it may have been cancelled
+    state = next(it for it in look(load_sweep(sweep.folder)) if it.name == name)
+    if state.state == "lost" and code > 0:  # before the run could say anything itself
+        write_status(sweep.run(name), RunStatus("failed", reason=state.reason))
+        state.state = "failed"
     reason = state.reason or next(iter(log_tail(sweep, state, lines=1)), "it wrote nothing")
     return f"{name}: {state.state}, exit code {code}: {reason}"
 

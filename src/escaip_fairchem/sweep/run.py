@@ -50,7 +50,7 @@ def start(
         plan = make_plan(recipe, sweep_file, folder, overrides)
         print("\n".join([_composed(plan), *plan_table(plan), *cost_lines(plan)]))
         return
-    with RunLock(folder):
+    with RunLock(folder, "wait for it or stop it, or give another --dir"):
         plan = make_plan(recipe, sweep_file, folder, overrides)
         print(_composed(plan), flush=True)
         store(plan, recipe, sweep_file)
@@ -68,7 +68,7 @@ def retry(folder: Path, names: list[str]) -> None:
         UserError: No such sweep or point, or nothing to start.
     """
     load_sweep(folder)
-    with RunLock(folder):
+    with RunLock(folder, "wait for it or stop it"):
         sweep = load_sweep(folder)
         chosen = select(sweep, names)
         states = {state.name: state for state in look(sweep)}
@@ -101,9 +101,10 @@ def cancel(folder: Path, names: list[str]) -> None:
     sweep.canceled = sorted({*sweep.canceled, *(s.name for s in states if s.state not in SETTLED)})
     sweep.save()
     owner = holder(folder)
-    if not names and not sweep.slurm and owner and owner["host"] == socket.gethostname():
-        os.kill(owner["pid"], signal.SIGINT)  # the sweep's own process stops its runs
-        print(f"told process {owner['pid']} to stop")
+    if owner and not sweep.slurm:  # the sweep's own process stops its runs
+        if not names and owner["host"] == socket.gethostname():
+            os.kill(owner["pid"], signal.SIGINT)
+        print(f"told process {owner['pid']} on {owner['host']} to stop them")
         return
     jobs = open_jobs(sweep) if sweep.slurm else set()
     wanted = jobs if not names else {s.job for s in states if s.state in BUSY} & jobs
@@ -141,9 +142,10 @@ def _carry_on(sweep: Sweep, names: Sequence[str], settled: Sequence[str] = SETTL
         print(f"escaip sweep status {sweep.folder}")
         return
     run_locally(sweep, todo)
+    sweep = load_sweep(sweep.folder)  # points may have been cancelled
     print("\n".join(status_lines(sweep)))
-    bad = [state for state in look(sweep) if state.name in todo and state.state not in SETTLED]
-    bad += [state for state in look(sweep) if state.name in todo and state.state == "failed"]
+    good = ("finished", "eliminated", "canceled")
+    bad = [state for state in look(sweep) if state.name in todo and state.state not in good]
     if bad:
         raise UserError(
             f"{len(bad)} of {len(todo)} points did not finish; `escaip sweep retry {sweep.folder}` "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import os
 import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.sweep.halving import decision, rungs
+from escaip_fairchem.train.lock import holder
 from escaip_fairchem.train.metrics import FILE_NAME, read_metrics
 from escaip_fairchem.train.status import RunStatus, read_status
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 BUSY = ("queued", "starting", "running")
 #: The same command leaves these alone too.
 SETTLED = ("finished", "failed", "canceled", "eliminated")
+#: Of a point that runs on this machine, in the folder of its run.
+LOCAL_LOG = "output.log"
 _LOG_BYTES = 20_000
 # SLURM's words for jobs that wait, once more perhaps.
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
@@ -83,11 +87,20 @@ def _look_at(sweep: Sweep, name: str, job: str | None, queue: dict[str, str]) ->
     elif state.state == "paused" and _eliminated(sweep, name):
         state.state = "eliminated"
     elif state.state == "absent":
-        state.state = "lost" if job else "new"
+        state.state = _before_the_first_word(sweep, name, job)
     if state.state in ("lost", "dead") and not state.reason:
         last = log_tail(sweep, state, lines=1)
         state.reason = last[0] if last else None
     return state
+
+
+def _before_the_first_word(sweep: Sweep, name: str, job: str | None) -> str:
+    """The state of a point without a status: imports take a while."""
+    if job is None and not (sweep.run(name) / LOCAL_LOG).exists():
+        return "new"
+    owner = None if job else holder(sweep.folder)
+    # of this process, which asks when it starts none or one has ended
+    return "lost" if owner is None or owner["pid"] == os.getpid() else "starting"
 
 
 def open_jobs(sweep: Sweep) -> set[str]:
@@ -133,7 +146,7 @@ def _eliminated(sweep: Sweep, name: str) -> bool:
 
 def log_tail(sweep: Sweep, state: PointState, lines: int = 10) -> list[str]:
     """Last lines that a point wrote, on SLURM or locally."""
-    files: list[Path] = [sweep.run(state.name) / "output.log"]
+    files: list[Path] = [sweep.run(state.name) / LOCAL_LOG]
     if state.job:
         files += [sweep.log_folder / f"{state.job}_0_log.{ending}" for ending in ("out", "err")]
     found = [file for file in files if file.is_file() and file.stat().st_size]

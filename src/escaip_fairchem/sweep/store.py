@@ -33,7 +33,6 @@ class Sweep:
         submissions: Each with ``job_id`` of the array, ``tasks`` (names of points, or None where a
             task chooses), ``rung``.
         canceled: Names of points that were cancelled.
-        retried: Names of failed points that were started anew, with how often.
         versions: Of the packages that composed it.
     """
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import time
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.describe import find_checkpoint, rises
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.sweep.halving import decision, rungs
 from escaip_fairchem.sweep.points import override
-from escaip_fairchem.sweep.states import log_tail, look
+from escaip_fairchem.sweep.states import BUSY, log_tail, look
+from escaip_fairchem.sweep.store import load_sweep
+from escaip_fairchem.train.lock import holder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -86,14 +89,24 @@ def _decisions(sweep: Sweep) -> list[str]:
     return lines
 
 
-def watch(sweep: Sweep, every: float = 5.0) -> None:
-    """Show the table again and again, until nothing waits or runs."""
-    while True:
-        lines = status_lines(sweep)
-        print("\033[2J\033[H" + "\n".join([time.strftime("%X"), *lines]), flush=True)
-        if not any(word in lines[0] for word in ("queued", "running", "starting")):
-            return
-        time.sleep(every)
+def watch(folder: Path, every: float = 5.0) -> None:
+    """Show the table again and again, until Ctrl-C, or nothing waits or runs.
+
+    Args:
+        folder: Of the sweep.
+        every: Seconds between two looks.
+    """
+    with suppress(KeyboardInterrupt):
+        while True:
+            # a command that runs points here may have none under way for a moment
+            at_work = holder(folder) is not None
+            sweep = load_sweep(folder)
+            print(
+                "\033[2J\033[H" + "\n".join([time.strftime("%X"), *status_lines(sweep)]), flush=True
+            )
+            if not at_work and not any(state.state in BUSY for state in look(sweep)):
+                return
+            time.sleep(every)
 
 
 def best(sweep: Sweep, metric: str | None, number: int) -> list[str]:

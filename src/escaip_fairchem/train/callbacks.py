@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,7 @@ class MetricsCallback(Callback):
         self._board: Any = None
         self._columns: list[str] = []
         self._losses: list[Any] = []
+        self._unwritten: list[dict[str, Any]] = []
         self._rows = 0
         self._resumed: dict[str, Any] | None = None
         self._start = 0.0
@@ -79,6 +82,7 @@ class MetricsCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps; the rows so far are on the disk before it is."""
+        self._flush()
         if distutils.is_master() and self.path.exists():
             sync(self.path)
         return {"rows": self._rows, "losses": [float(loss) for loss in self._losses]}
@@ -103,7 +107,8 @@ class MetricsCallback(Callback):
         self._add_row(unit, column_names(unit.eval_unit.last_metrics))
 
     def on_train_end(self, state: State, unit: TrainEvalUnit) -> None:
-        """Write out what TensorBoard still holds."""
+        """Write out what is still held."""
+        self._flush()
         if self._board is not None:
             self._board.close()
 
@@ -126,24 +131,42 @@ class MetricsCallback(Callback):
         }
         if not distutils.is_master():
             return
-        new = [name for name in row if name not in self._columns]
-        if new:
-            self._columns += new
-            self._write([*read_metrics(self.path), row], mode="w")
-        else:
-            self._write([row], mode="a")
+        self._unwritten.append(row)
+        self._flush()
         if self._board is not None:
             for name in row.keys() - {"step", "wall_time_s"}:
                 self._board.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
 
+    def _flush(self) -> None:
+        """Write the rows that are held; on a full disk they wait for the next ones."""
+        rows, known = self._unwritten, self._columns
+        if not rows:
+            return
+        self._columns = list(dict.fromkeys([*known, *(name for row in rows for name in row)]))
+        try:
+            if self._columns != known or not self.path.exists():
+                self._write([*read_metrics(self.path), *rows], mode="w")
+            else:
+                self._write(rows, mode="a")
+            self._unwritten = []
+        except OSError as error:
+            self._columns = known
+            logging.warning(f"{self.path} could not be written ({error.strerror}); tried again")
+
     def _write(self, rows: list[dict[str, Any]], mode: str) -> None:
         # a file is replaced as a whole, so that no moment is without its rows
         path = self.path if mode == "a" else self.path.with_name(f".{FILE_NAME}.partial")
-        with path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+        before = path.stat().st_size if mode == "a" else 0
+        try:
+            with path.open(mode, newline="") as file:
+                writer = csv.DictWriter(file, self._columns)
+                if mode == "w":
+                    writer.writeheader()
+                writer.writerows(rows)
+        except OSError:
+            if mode == "a":
+                os.truncate(path, before)  # no half row
+            raise
         if path != self.path:
             path.replace(self.path)
 

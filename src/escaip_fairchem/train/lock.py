@@ -23,6 +23,7 @@ LOCK_NAME = "run.lock"
 MOMENT = 1.0
 #: A requeued job may start before the processes of its last start are gone.
 PATIENCE = 60.0
+REMEDY = "wait for it or stop it, or give another job.timestamp_id"
 
 #: Locks of this process. The system drops a lock when its process closes any handle of the file.
 _held: dict[Path, RunLock] = {}
@@ -33,13 +34,15 @@ class RunLock:
 
     Args:
         run: Folder of the run; made if it is absent.
+        remedy: What to do where another process holds it.
 
     Raises:
         UserError: On entering, when another process holds the lock.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, remedy: str = REMEDY) -> None:
         self.run = Path(run).resolve()
+        self._remedy = remedy
         self.about = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -51,7 +54,7 @@ class RunLock:
     def __enter__(self) -> Self:
         """Take the lock, and write into the file who holds it."""
         if self.run in _held:
-            raise UserError(_refusal(self.run, self.about))
+            raise UserError(_refusal(self.run, self.about, self._remedy))
         self.run.mkdir(parents=True, exist_ok=True)
         file = (self.run / LOCK_NAME).open("a+")
         start = time.monotonic()
@@ -61,7 +64,7 @@ class RunLock:
             same_job = mine is not None and other.get("slurm_job_id") == mine
             if time.monotonic() - start > (PATIENCE if same_job else MOMENT):
                 file.close()
-                raise UserError(_refusal(self.run, other))
+                raise UserError(_refusal(self.run, other, self._remedy))
             time.sleep(0.1)
         file.truncate(0)
         file.write(json.dumps(self.about) + "\n")
@@ -125,7 +128,7 @@ def _read(file: IO[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _refusal(run: Path, other: dict[str, Any]) -> str:
+def _refusal(run: Path, other: dict[str, Any], remedy: str) -> str:
     job = f", SLURM job {other['slurm_job_id']}" if other.get("slurm_job_id") else ""
     who = f"process {other.get('pid', '?')} on {other.get('host', '?')}{job}"
-    return f"{run} is in use by {who}; wait for it or stop it, or give another job.timestamp_id"
+    return f"{run} is in use by {who}; {remedy}"

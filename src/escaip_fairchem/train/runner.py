@@ -15,7 +15,7 @@ import hydra
 import torch
 from fairchem.core.common import distutils
 from fairchem.core.components.train import train_runner
-from omegaconf import Container
+from omegaconf import Container, OmegaConf
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.checkpoints import WriteFailed, write_checkpoint
@@ -165,6 +165,10 @@ class TrainEvalRunner(train_runner.TrainEvalRunner):
         if self._parts is None:
             return
         share_cores()
+        unit = self._parts.get("train_eval_unit")
+        if OmegaConf.is_dict(unit) and "job_config" in unit:
+            # canonical_config.yaml holds a copy: of the run that wrote it, and its folder
+            unit.job_config = self.job_config
         parts = {name: instantiate(config) for name, config in self._parts.items()}
         super().__init__(**parts)
         self._parts = None

@@ -74,7 +74,7 @@ def read_status(run: Path) -> RunStatus:
 
 
 def write_status(run: Path, status: RunStatus) -> None:
-    """Write status.json whole, or leave it as it was.
+    """Write status.json whole, or leave it as it was, such as on a full disk: no run ends for it.
 
     Args:
         run: Folder of the run.
@@ -82,8 +82,11 @@ def write_status(run: Path, status: RunStatus) -> None:
     """
     status.updated = time.time()
     partial = Path(run) / f".{STATUS_NAME}.partial"
-    partial.write_text(json.dumps(asdict(status), indent=1) + "\n")
-    partial.replace(Path(run) / STATUS_NAME)
+    try:
+        partial.write_text(json.dumps(asdict(status), indent=1) + "\n")
+        partial.replace(Path(run) / STATUS_NAME)
+    except OSError:
+        partial.unlink(missing_ok=True)
 
 
 def _read(run: Path) -> RunStatus:
