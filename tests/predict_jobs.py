@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairchem.core.launchers.api import SchedulerType
+from fairchem.core.units.mlip_unit import predict as _slow_to_import  # noqa: F401
 from omegaconf import OmegaConf
 
 from escaip_fairchem.predict.parts import complete
@@ -28,7 +30,7 @@ def job(folder: Path, array_job: int = 0, n_array_jobs: int = 1) -> Any:
     return OmegaConf.create(
         {
             "scheduler": {
-                "mode": "SLURM" if n_array_jobs > 1 else "LOCAL",
+                "mode": SchedulerType.SLURM if n_array_jobs > 1 else SchedulerType.LOCAL,
                 "num_array_jobs": n_array_jobs,
             },
             "metadata": {"results_dir": str(folder / "results"), "array_job_num": array_job},

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 RECIPES = Path(__file__).parents[1] / "configs"
 #: Frames of the real samples; with stress, and with forces counted on free atoms only, or not.
 DOMAINS = {
-    "oc20": (slice(0, 1300, 130), False, True),
-    "oc22": (slice(0, 4), False, True),
-    "mptrj": (slice(0, 600, 40), True, False),
-    "spice": (slice(0, 500, 21), False, False),
+    "oc20": ("0:1300:220", False, True),
+    "oc22": ("0:4", False, True),
+    "mptrj": ("0:600:40", True, False),
+    "spice": ("0:500:21", False, False),
 }
 
 
@@ -46,7 +46,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, test_data: Path) -> Iterator[
         monkeypatch.setenv("ESCAIP_DATA", str(folder))
         for domain, (frames, stress, _) in DOMAINS.items():
             source = folder / f"{domain}.extxyz"
-            write(source, read_sample(test_data / f"{domain}_sample.extxyz.gz")[frames])
+            write(source, read_sample(test_data / f"{domain}_sample.extxyz.gz", frames))
             convert([str(source)], folder / domain, unlabelled=True, check_units=False)
             path = folder / f"model_{domain}" / "inference_ckpt.pt"
             save_checkpoint(path, conservative=False, stress=stress, dataset=domain)
@@ -124,7 +124,9 @@ def test_metrics_equal_plain_numpy(work: Path, tmp_path: Path, domain: str) -> N
     (split,) = result["splits"].values()
     rows = by_calculator(work, domain, free_only=free_only)
     for name, metric in split["metrics"].items():
-        assert metric["value"] == pytest.approx(np.mean(np.hstack(rows[name])), abs=1e-6), name
+        expected = np.mean(np.hstack(rows[name]))
+        # relative, because energies of hundreds of eV are float32 in the model
+        assert metric["value"] == pytest.approx(expected, abs=1e-6, rel=1e-7), name
     assert ("stress_mae" in split["metrics"]) == ("stress_mae" in rows)
     baselines = {"energy_mae": "energy_base", "forces_mae": "forces_base"}
     for name, base in baselines.items():
@@ -290,7 +292,7 @@ def test_data_that_cannot_be_evaluated(work: Path, tmp_path: Path) -> None:
     import run_helpers
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setitem(run_helpers.REFERENCES, 3, 0.0)
+        monkeypatch.setattr(run_helpers, "REFERENCES", [0.01 * (z != 3) for z in range(120)])
         known = tmp_path / "known" / "model.pt"
         save_checkpoint(known, conservative=False, stress=False, dataset="spice")
     chosen["checkpoint"] = str(known)
