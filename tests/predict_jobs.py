@@ -1,6 +1,6 @@
 """Ranks that predict together, or one that is killed again and again; for `test_predict.py`.
 
-One process imports, and its forks predict: each would take longer to import than to predict.
+One process imports and predicts, and then its forks do: the first prediction takes longest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from fairchem.core.launchers.api import SchedulerType
-from fairchem.core.units.mlip_unit import predict as _slow_to_import  # noqa: F401
 from omegaconf import OmegaConf
 
 from escaip_fairchem.predict.parts import complete
@@ -38,14 +37,18 @@ def job(folder: Path, array_job: int = 0, n_array_jobs: int = 1) -> Any:
     )
 
 
-def predict(folder: Path, rank: int, size: int, settings: dict[str, Any]) -> None:
-    """Be a rank."""
-    torch.set_num_threads(1)
+def alone(folder: Path, settings: dict[str, Any]) -> None:
+    """Predict without a process group."""
     runner = PredictRunner(**settings)
     runner.job_config = job(folder)
+    runner.run()
+
+
+def predict(folder: Path, rank: int, size: int, settings: dict[str, Any]) -> None:
+    """Be a rank."""
     folder.mkdir(parents=True, exist_ok=True)
     with ranks(folder, rank, size):
-        runner.run()
+        alone(folder, settings)
 
 
 def together(folder: Path, size: int, settings: dict[str, Any]) -> None:
@@ -61,28 +64,30 @@ def together(folder: Path, size: int, settings: dict[str, Any]) -> None:
         assert process.exitcode == 0
 
 
-def killed(folder: Path, kills: int, settings: dict[str, Any]) -> int:
+def killed(folder: Path, kills: int, seconds: float, settings: dict[str, Any]) -> int:
     """Predict, with kills at random moments; returns how many hit before the end."""
     forked = multiprocessing.get_context("fork")
     generator = random.Random(1)
     hits = 0
     for _ in range(kills):
-        (folder / "store1").unlink(missing_ok=True)
-        process = forked.Process(target=predict, args=(folder, 0, 1, settings))
+        process = forked.Process(target=alone, args=(folder, settings))
         process.start()
-        time.sleep(generator.uniform(0.2, 1.5))
+        time.sleep(generator.uniform(0, seconds))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             hits += 1
         process.join()
-    (folder / "store1").unlink(missing_ok=True)
-    predict(folder, 0, 1, settings)
+    alone(folder, settings)
     assert complete(folder / "results")
     return hits
 
 
 if __name__ == "__main__":
-    target, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-    for n_ranks in (2, 3):
-        together(target / f"ranks{n_ranks}", n_ranks, settings)
-    print(killed(target / "killed", int(sys.argv[3]), settings))
+    target, chosen, n_kills = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    alone(target / "alone", chosen)
+    start = time.monotonic()
+    alone(target / "again", chosen)
+    took = time.monotonic() - start
+    together(target / "ranks", 3, chosen)
+    print(killed(target / "killed", n_kills, took, chosen))
