@@ -122,7 +122,7 @@ def compose(arguments: list[str]) -> Any:
     ):
         config = _cli.get_hydra_config_from_yaml(recipe, overrides)
     _CHECKED.add(recipe)
-    if str(config.job.device_type.value) == "cpu":
+    if str(config.job.device_type.value) == "cpu" and "train_eval_unit" in config.runner:
         model = instantiate(config.runner.train_eval_unit.model)
         assert sum(weight.numel() for weight in model.parameters()) > 0
     return config
