@@ -112,7 +112,7 @@ def compose(arguments: list[str]) -> Any:
     option, recipe, *overrides = arguments
     assert option == "-c"
     config = compose_quickly(recipe, overrides)
-    if str(config.job.device_type.value) == "cpu":
+    if str(config.job.device_type.value) == "cpu" and "train_eval_unit" in config.runner:
         model = instantiate(config.runner.train_eval_unit.model)
         assert sum(weight.numel() for weight in model.parameters()) > 0
     return config

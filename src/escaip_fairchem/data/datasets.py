@@ -32,6 +32,11 @@ PUBLISHED = {
     "oc20_total": "s2ef_train_all s2ef_md s2ef_rattled {out} --val s2ef_val_id "
     "--set energy=total --label oc20",
     "oc22_total": "s2ef-total/train {out} --val s2ef-total/val_id --label oc22",
+    "oc20_val_ood_ads": "s2ef_val_ood_ads {out} --unlabelled",
+    "oc20_val_ood_cat": "s2ef_val_ood_cat {out} --unlabelled",
+    "oc20_val_ood_both": "s2ef_val_ood_both {out} --unlabelled",
+    "oc22_val_ood": "s2ef-total/val_ood {out} --unlabelled",
+    "spice_test": "test_large_neut_all.xyz {out} --unlabelled",
     "mptrj": "MPtrj_2022.9_full.json {out} --split-by sid --val-fraction 0.05",
     "spice": "train_large_neut_no_bad_clean.xyz {out} --val-fraction 0.05",
     "md22": "md22_DHA.npz {out} --val-fraction 0.05",
@@ -200,7 +205,7 @@ def _find_data(name: str, split: str, path: Path) -> Path:
             return candidate
     looked_for = candidates[0].resolve()
     state = "holds no .aselmdb file" if looked_for.is_dir() else "does not exist"
-    folder = path.parent if path.name in ("train", "val") else None
+    folder = path.parent if path.name in ("train", "val", "test") else None
     command = f"escaip convert IN {candidates[0].parent if folder else 'OUT'}"
     if folder and folder.name == "sample" and folder.parent.name in DOMAINS:
         command = f"escaip sample-data {folder.parent.name}"
