@@ -53,7 +53,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "forces": _kind_of_forces(config),
         "use_pbc": config.use_pbc,
         "changed": _changed(config),
-        "tasks": [_task(task) for task in checkpoint.tasks_config],
+        "tasks": [describe_task(task) for task in checkpoint.tasks_config],
         "averaged_steps": int((checkpoint.ema_state_dict or {}).get("n_averaged", 0)),
         "run": _run(path),
     }
@@ -155,7 +155,16 @@ def _changed(config: EScAIPConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if value != plain[key]}
 
 
-def _task(task: Any) -> dict[str, Any]:
+def describe_task(task: Any) -> dict[str, Any]:
+    """Plain values of a task, as a checkpoint stores it.
+
+    Args:
+        task: One of ``tasks_config``.
+
+    Returns:
+        Its name, property, unit, data sets, mean, rmsd, and element references by atomic number
+        (those that are not zero).
+    """
     references = task.get("element_references")
     energies = []
     if references is not None:

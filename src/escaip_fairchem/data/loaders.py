@@ -8,16 +8,14 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from fairchem.core.common import distutils
-from fairchem.core.datasets.samplers.max_atom_distributed_sampler import get_batches
 from torch.utils.data import DataLoader, Sampler
 
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch.utils.data import Dataset
 
@@ -92,6 +90,27 @@ def _worker_context() -> Any:
     return context
 
 
+def pack(natoms: Iterable[int], max_atoms: int) -> list[list[int]]:
+    """Batches of consecutive structures; one of more than ``max_atoms`` has a batch of its own.
+
+    Args:
+        natoms: Atoms of each structure.
+        max_atoms: Atoms of a batch.
+
+    Returns:
+        Indices of the structures of each batch.
+    """
+    batches: list[list[int]] = []
+    atoms = 0
+    for index, n in enumerate(natoms):
+        if not batches or atoms + n > max_atoms:
+            batches.append([])
+            atoms = 0
+        batches[-1].append(index)
+        atoms += n
+    return batches
+
+
 class EvaluationBatchSampler(Sampler[list[int]]):
     """Batches of up to ``max_atoms`` atoms in the order of the data set, each on one rank.
 
@@ -107,13 +126,8 @@ class EvaluationBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, dataset: Any, max_atoms: int, num_replicas: int, rank: int) -> None:
-        indices = np.arange(len(dataset))
-        natoms = np.array(dataset.get_metadata("natoms", indices.tolist()))
-        small = natoms <= max_atoms
-        batches = [[int(index)] for index in indices[~small]]
-        if small.any():
-            batches += get_batches(natoms[small], indices[small], max_atoms, 0)[0]
-        self._batches = batches[rank::num_replicas]
+        natoms = dataset.get_metadata("natoms", list(range(len(dataset))))
+        self._batches = pack(natoms, max_atoms)[rank::num_replicas]
 
     def __len__(self) -> int:
         """Batches of this rank."""

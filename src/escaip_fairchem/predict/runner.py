@@ -1,0 +1,253 @@
+"""Predict whole data sets by the ``fairchem`` command: on one CPU, many GPUs, or a SLURM array."""
+
+from __future__ import annotations
+
+import logging
+import time
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from fairchem.core.common import distutils
+from fairchem.core.components.runner import Runner
+from fairchem.core.launchers.api import SchedulerType
+
+from escaip_fairchem.data.loaders import get_dataloader
+from escaip_fairchem.describe import describe_task, find_checkpoint, load_safely
+from escaip_fairchem.errors import UserError
+from escaip_fairchem.predict.data import (
+    Structures,
+    batches_of,
+    collate,
+    describe_splits,
+    join,
+    sha256_of,
+    to_numpy,
+)
+from escaip_fairchem.predict.parts import Plan, missing, write_part
+from escaip_fairchem.train.evaluation import device_type, reduced_precision
+from escaip_fairchem.train.runner import share_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from fairchem.core.datasets.atomic_data import AtomicData
+    from torch import Tensor
+
+    from escaip_fairchem.predict.data import Arrays
+
+
+class PredictRunner(Runner):
+    """Predicts every structure of some data sets once, into `escaip_fairchem.predict.parts`.
+
+    They lie in ``job.run_dir/job.timestamp_id/results``. Array jobs and ranks share out those
+    that are not there yet, so after a kill the same command goes on. Batches are made inside a
+    part, in the order of its rows: a prediction does not depend on who makes it.
+
+    Args:
+        checkpoint: Inference checkpoint, its folder, or the folder of a run (its newest is taken).
+        splits: Folder or file of each data set, or several, by the name of its split; None leaves
+            one out.
+        part_rows: Structures of a part: what a kill loses at most, on each rank.
+        max_atoms: Atoms of a batch.
+        bf16: Predict under autocast in bfloat16; geometry and heads stay in float32.
+        fp16: The same in float16.
+        tf32: Allow TF32 matrix products.
+        num_workers: Processes of each rank that load data.
+        task: Data set of the checkpoint whose tasks are predicted, if it knows several.
+        allow_unknown_elements: Predict elements that the checkpoint has no reference energy for;
+            their energies mean nothing.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None,
+        splits: Mapping[str, str | Sequence[str] | None],
+        *,
+        part_rows: int = 1000,
+        max_atoms: int = 2000,
+        bf16: bool = False,
+        fp16: bool = False,
+        tf32: bool = False,
+        num_workers: int = 0,
+        task: str | None = None,
+        allow_unknown_elements: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.splits = {name: src for name, src in splits.items() if src is not None}
+        self.part_rows = part_rows
+        self.settings = {"max_atoms": max_atoms, "bf16": bf16, "fp16": fp16, "tf32": tf32}
+        self.num_workers = num_workers
+        self.task = task
+        self.allow_unknown_elements = allow_unknown_elements
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the predictions."""
+        return Path(self.job_config.metadata.results_dir)
+
+    def run(self) -> None:
+        """Predict what is missing of this rank's parts.
+
+        Raises:
+            UserError: No such checkpoint or data, the folder holds other predictions, or a
+                structure has elements that the checkpoint does not know.
+        """
+        share_cores()
+        if self.checkpoint is None:
+            raise UserError("no checkpoint; add checkpoint=RUN/checkpoints/final/inference_ckpt.pt")
+        path = find_checkpoint(Path(self.checkpoint))
+        tasks = [describe_task(task) for task in load_safely(path).tasks_config]
+        task = choose_task(tasks, self.task)
+        structures = Structures(self.splits, task)
+        if distutils.is_master():
+            self._plan(path, task, structures).write(self.folder)
+        distutils.synchronize()
+        plan = Plan.read(self.folder)
+        mine = self._share(plan)
+        if not mine:
+            return
+        known = None if self.allow_unknown_elements else known_elements(tasks, task)
+        batches = [batches_of(structures, plan, *part) for part in mine]
+        loader = get_dataloader(
+            structures, lambda **_: [b for part in batches for b in part], collate, self.num_workers
+        )
+        predictions = self._predictions(path, task, loader, known)
+        start, done = time.monotonic(), 0
+        for part, of_part in zip(mine, batches, strict=True):
+            pieces = list(islice(predictions, len(of_part)))  # before any copy waits for the GPU
+            arrays = join([_to_arrays(*piece) for piece in pieces])
+            write_part(self.folder, *part, _without_empty(arrays))
+            done += len(arrays["row"])
+            rate = done / (time.monotonic() - start)
+            logging.info(
+                f"rank {distutils.get_rank()}: wrote part {part[1]} of {part[0]}; {done} "
+                f"structures, {rate:.1f}/s"
+            )
+
+    def save_state(self, _location: str, _is_preemption: bool = False) -> bool:
+        """Nothing to do: parts are the state."""
+        return True
+
+    def load_state(self, _location: str | None) -> None:
+        """Nothing to do: parts are the state."""
+
+    def _plan(self, path: Path, task: str, structures: Structures) -> Plan:
+        return Plan.make(
+            checkpoint=str(path),
+            checkpoint_sha256=sha256_of(path),
+            task=task,
+            part_rows=self.part_rows,
+            settings=self.settings,
+            splits=describe_splits(structures, self.splits),
+        )
+
+    def _share(self, plan: Plan) -> list[tuple[str, int]]:
+        """Missing parts for this rank of this array job."""
+        scheduler = self.job_config.scheduler
+        jobs = scheduler.num_array_jobs if scheduler.mode == SchedulerType.SLURM else 1
+        # array jobs start at any time, so which parts are theirs must not depend on what is there
+        of_job = set(plan.parts()[self.job_config.metadata.array_job_num :: jobs])
+        todo = [part for part in missing(self.folder) if part in of_job]
+        distutils.synchronize()  # no rank writes before all have looked
+        return todo[distutils.get_rank() :: distutils.get_world_size()]
+
+    def _predictions(
+        self, path: Path, task: str, loader: Any, known: np.ndarray | None
+    ) -> Iterator[tuple[dict[str, Tensor], Arrays]]:
+        """Predictions of each batch, on the device, and the arrays of its structures."""
+        from fairchem.core.units.mlip_unit import InferenceSettings, load_predict_unit
+
+        device = device_type()
+        dtype = reduced_precision(bf16=self.settings["bf16"], fp16=self.settings["fp16"])
+        unit = load_predict_unit(
+            path,
+            device=device,
+            inference_settings=InferenceSettings(compile=False, tf32=self.settings["tf32"]),
+        )
+        names = {each.property: each.name for each in unit.dataset_to_tasks[task]}
+        for data, arrays in loader:
+            _require_known(known, arrays)
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                predicted = predict_batch(unit, data)
+            yield {prop: predicted[name].detach() for prop, name in names.items()}, arrays
+
+
+def predict_batch(unit: Any, data: AtomicData) -> dict[str, Tensor]:
+    """Predictions by names of tasks, for all structures of a batch at once.
+
+    fairchem's own method then takes them apart and joins them again, structure by structure.
+    """
+    return type(unit).predict.__wrapped__(unit, data, True)
+
+
+def choose_task(tasks: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
+    """The data set of a checkpoint whose tasks are predicted.
+
+    Args:
+        tasks: As `escaip_fairchem.describe.describe_task` gives them.
+        wanted: Its name; may be None if there is only one.
+
+    Raises:
+        UserError: If there are several, or none of this name.
+    """
+    known = sorted({name for task in tasks for name in task["datasets"]})
+    if wanted is None and len(known) == 1:
+        return known[0]
+    if wanted not in known:
+        raise UserError(f"task={wanted}: the checkpoint knows {', '.join(known)}; name one")
+    return wanted
+
+
+def energy_references(tasks: Sequence[Mapping[str, Any]], task: str) -> tuple[np.ndarray, float]:
+    """What the energy is before anything is learnt.
+
+    Args:
+        tasks: As `escaip_fairchem.describe.describe_task` gives them.
+        task: Data set of the checkpoint.
+
+    Returns:
+        Reference energy of each element, eV, (256,), and the mean above their sum, eV.
+    """
+    references = np.zeros(256)
+    (energy,) = (t for t in tasks if t["property"] == "energy" and task in t["datasets"])
+    for number, value in energy["references"].items():
+        references[number] = value
+    return references, energy["mean"]
+
+
+def known_elements(tasks: Sequence[Mapping[str, Any]], task: str) -> np.ndarray | None:
+    """Elements with a reference energy, (256,) bool; None if there are no references at all."""
+    references, _ = energy_references(tasks, task)
+    return references != 0 if references.any() else None
+
+
+def _require_known(known: np.ndarray | None, arrays: Arrays) -> None:
+    if known is None or known[arrays["numbers"]].all():
+        return
+    from ase.data import chemical_symbols
+
+    unknown = np.unique(arrays["numbers"][~known[arrays["numbers"]]])
+    symbols = ", ".join(chemical_symbols[z] for z in unknown)
+    atoms = np.repeat(arrays["sid"], arrays["natoms"])
+    first = atoms[~known[arrays["numbers"]]][0]
+    raise UserError(
+        f"the checkpoint has no reference energy for {symbols} (first in {first}), so it was "
+        "not trained on them; leave these structures out, or set allow_unknown_elements=true"
+    )
+
+
+def _to_arrays(predicted: Mapping[str, Tensor], arrays: Arrays) -> Arrays:
+    return {**arrays, **{name: to_numpy(value, name) for name, value in predicted.items()}}
+
+
+def _without_empty(arrays: Arrays) -> Arrays:
+    """Leave out labels that no structure has, and subsets without a name."""
+    return {
+        name: array
+        for name, array in arrays.items()
+        if not (name == "subset" and not (array != "").any())
+        and not (name.endswith("_label") and not np.isfinite(array).any())
+    }
