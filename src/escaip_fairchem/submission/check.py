@@ -86,7 +86,7 @@ def check(path: str | Path, expected: Expectations | None = None) -> Report:
         _check_numbers(report, split, board, arrays, expected.atoms == "all", seen)
         if sources and arrays.ids is not None:
             _check_known(report, split, arrays, read_known(split, sources), expected)
-    notes, report.table = report.table, []
+    notes, report.table = report.table[1:], report.table[:1]
     numbers.compare_splits(report, seen.numbers)
     report.table += notes
     return report
@@ -95,7 +95,7 @@ def check(path: str | Path, expected: Expectations | None = None) -> Report:
 def _check_file(report: Report, archive: Archive, board: Board, max_gib: float | None) -> None:
     """Names of the arrays, and the size of the file."""
     size = archive.path.stat().st_size
-    report.table.append(f"{archive.path}: {board.title}, {size / GIB:.3f} GiB")
+    report.table.append(f"{archive.path}: {board.title}, {size / 2**20:,.1f} MiB")
     if max_gib is not None and size > max_gib * GIB:
         report.problems.append(f"the file has {size / GIB:.3f} GiB, more than {max_gib:g}")
     keys = board.keys()
