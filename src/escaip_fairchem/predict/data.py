@@ -99,8 +99,9 @@ def collate(items: list[tuple[AtomicData, Arrays]]) -> tuple[AtomicData, Arrays]
 
 
 def join(pieces: list[Arrays]) -> Arrays:
-    """Arrays of several pieces of a part, one behind the other."""
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    """Arrays of several pieces, one behind the other, as far as all of them have them."""
+    common = [name for name in pieces[0] if all(name in piece for piece in pieces)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in common}
 
 
 def describe_splits(structures: Structures, sources: Mapping[str, str | Sequence[str]]) -> dict:

@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 PLAN_NAME = "plan.json"
-#: What each array of a part is indexed by.
-PER_STRUCTURE = ("row", "natoms", "sid", "fid", "subset", "energy", "stress")
+#: Arrays with an entry an atom; all others have one a structure.
 PER_ATOM = ("numbers", "fixed", "forces")
 
 
@@ -225,6 +224,20 @@ def read_split(folder: str | Path, split: str) -> Iterator[dict[str, np.ndarray]
             raise UserError(f"{path} is missing; the same command again goes on")
         with np.load(path) as stored:
             yield dict(stored)
+
+
+def select(arrays: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Some structures of a part.
+
+    Args:
+        arrays: The arrays of a part.
+        chosen: Which of its structures, (n,) bool.
+    """
+    atoms = np.repeat(chosen, arrays["natoms"])
+    return {
+        name: array[atoms if name.removesuffix("_label") in PER_ATOM else chosen]
+        for name, array in arrays.items()
+    }
 
 
 def _partial(path: Path) -> Path:

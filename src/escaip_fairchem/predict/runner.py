@@ -27,6 +27,7 @@ from escaip_fairchem.predict.data import (
     to_numpy,
 )
 from escaip_fairchem.predict.parts import Plan, missing, write_part
+from escaip_fairchem.predict.references import choose_task, energy_references, require_known
 from escaip_fairchem.train.evaluation import device_type, reduced_precision
 from escaip_fairchem.train.runner import share_cores
 
@@ -112,12 +113,12 @@ class PredictRunner(Runner):
         mine = self._share(plan)
         if not mine:
             return
-        known = None if self.allow_unknown_elements else known_elements(tasks, task)
+        references, _ = energy_references(tasks, task)
         batches = [batches_of(structures, plan, *part) for part in mine]
         loader = get_dataloader(
             structures, lambda **_: [b for part in batches for b in part], collate, self.num_workers
         )
-        predictions = self._predictions(path, task, loader, known)
+        predictions = self._predictions(path, task, loader, references)
         start, done = time.monotonic(), 0
         for part, of_part in zip(mine, batches, strict=True):
             pieces = list(islice(predictions, len(of_part)))  # before any copy waits for the GPU
@@ -158,7 +159,7 @@ class PredictRunner(Runner):
         return todo[distutils.get_rank() :: distutils.get_world_size()]
 
     def _predictions(
-        self, path: Path, task: str, loader: Any, known: np.ndarray | None
+        self, path: Path, task: str, loader: Any, references: np.ndarray
     ) -> Iterator[tuple[dict[str, Tensor], Arrays]]:
         """Predictions of each batch, on the device, and the arrays of its structures."""
         from fairchem.core.units.mlip_unit import InferenceSettings, load_predict_unit
@@ -178,7 +179,8 @@ class PredictRunner(Runner):
             return {prop: predicted[name].detach() for prop, name in names.items()}
 
         for data, arrays in loader:
-            _require_known(known, arrays)
+            if not self.allow_unknown_elements:
+                require_known(references, *(arrays[k] for k in ("numbers", "natoms", "sid")))
             yield self.outcome(predict, data, arrays)
 
     def outcome(
@@ -194,62 +196,6 @@ def predict_batch(unit: Any, data: AtomicData) -> dict[str, Tensor]:
     fairchem's own method then takes them apart and joins them again, structure by structure.
     """
     return type(unit).predict.__wrapped__(unit, data, True)
-
-
-def choose_task(tasks: Sequence[Mapping[str, Any]], wanted: str | None) -> str:
-    """The data set of a checkpoint whose tasks are predicted.
-
-    Args:
-        tasks: As `escaip_fairchem.describe.describe_task` gives them.
-        wanted: Its name; may be None if there is only one.
-
-    Raises:
-        UserError: If there are several, or none of this name.
-    """
-    known = sorted({name for task in tasks for name in task["datasets"]})
-    if wanted is None and len(known) == 1:
-        return known[0]
-    if wanted not in known:
-        raise UserError(f"task={wanted}: the checkpoint knows {', '.join(known)}; name one")
-    return wanted
-
-
-def energy_references(tasks: Sequence[Mapping[str, Any]], task: str) -> tuple[np.ndarray, float]:
-    """What the energy is before anything is learnt.
-
-    Args:
-        tasks: As `escaip_fairchem.describe.describe_task` gives them.
-        task: Data set of the checkpoint.
-
-    Returns:
-        Reference energy of each element, eV, (256,), and the mean above their sum, eV.
-    """
-    references = np.zeros(256)
-    (energy,) = (t for t in tasks if t["property"] == "energy" and task in t["datasets"])
-    for number, value in energy["references"].items():
-        references[number] = value
-    return references, energy["mean"]
-
-
-def known_elements(tasks: Sequence[Mapping[str, Any]], task: str) -> np.ndarray | None:
-    """Elements with a reference energy, (256,) bool; None if there are no references at all."""
-    references, _ = energy_references(tasks, task)
-    return references != 0 if references.any() else None
-
-
-def _require_known(known: np.ndarray | None, arrays: Arrays) -> None:
-    if known is None or known[arrays["numbers"]].all():
-        return
-    from ase.data import chemical_symbols
-
-    unknown = np.unique(arrays["numbers"][~known[arrays["numbers"]]])
-    symbols = ", ".join(chemical_symbols[z] for z in unknown)
-    atoms = np.repeat(arrays["sid"], arrays["natoms"])
-    first = atoms[~known[arrays["numbers"]]][0]
-    raise UserError(
-        f"the checkpoint has no reference energy for {symbols} (first in {first}), so it was "
-        "not trained on them; leave these structures out, or set allow_unknown_elements=true"
-    )
 
 
 def _to_arrays(predicted: Mapping[str, Tensor], arrays: Arrays) -> Arrays:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SubmissionReducer(Reducer):
-    """Writes the predictions of a run as ``job.run_dir/job.timestamp_id/results/BOARD.npz``.
+    """Writes the predictions of a run as ``job.run_dir/job.timestamp_id/BOARD.npz``.
 
     The file is checked as `escaip submission check` does without the data.
 
@@ -50,7 +50,7 @@ class SubmissionReducer(Reducer):
         if not distutils.is_master():
             return
         folder = Path(self.job_config.metadata.results_dir)
-        path = folder / f"{self.board.name}.npz"
+        path = folder.parent / f"{self.board.name}.npz"
         chosen = write_submission(folder, self.board, path, **self.settings)
         report = check(path, Expectations(self.board, atoms=chosen["atoms"]))
         settings = ", ".join(f"{name}={value}" for name, value in chosen.items())

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from escaip_fairchem.data.energies import exact_energy
+from escaip_fairchem.predict.metrics import means, structure_sums
 from escaip_fairchem.train.baselines import energy_baseline, evenly_spaced
 from escaip_fairchem.train.runner import instantiate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from escaip_fairchem.predict.metrics import Sums
 
 BATCH_ATOMS = 2000
 
@@ -24,16 +27,15 @@ class Parity:
 
     Attributes:
         n_atoms: Atoms per structure, (S,).
-        energy: Energy labels, eV, (S,).
+        energy: Energy labels, eV, (S,). Labels are NaN where there are none.
         energy_model: Predicted energies, eV, (S,).
         energy_baseline: Sum of element references plus the mean, eV, (S,).
         numbers: Atomic numbers of all atoms, (N,).
         free: Whether an atom is free, (N,).
         forces: Force labels of free atoms, eV/A, (F, 3).
         forces_model: Predicted forces of free atoms, eV/A, (F, 3).
-        stress: Stress labels of the structures that have one, eV/A^3, (T, 9); T is 0 for a model
-            without stress.
-        stress_model: Predicted stress of the same, eV/A^3, (T, 9).
+        stress: Stress labels, eV/A^3, (S, 9), or (0, 9) for a model without stress.
+        stress_model: Predicted stress, eV/A^3, of the same shape.
     """
 
     n_atoms: np.ndarray
@@ -49,25 +51,21 @@ class Parity:
 
     def errors(self) -> dict[str, tuple[float, float]]:
         """Mean absolute errors as (model, baseline); zero is the baseline of forces and stress."""
-        model, baseline = self.energy_model - self.energy, self.energy_baseline - self.energy
+        found = means(self._sums())
         errors = {
-            "energy MAE, eV": (_mean_abs(model), _mean_abs(baseline)),
-            "energy MAE, eV/atom": (
-                _mean_abs(model / self.n_atoms),
-                _mean_abs(baseline / self.n_atoms),
-            ),
-            "force MAE, eV/A": (_mean_abs(self.forces_model - self.forces), _mean_abs(self.forces)),
+            "energy MAE, eV": found["energy_mae"],
+            "energy MAE, eV/atom": found["energy_per_atom_mae"],
+            "force MAE, eV/A": found["forces_mae"],
+            "stress MAE, eV/A^3": found.get("stress_mae", (0.0, 0.0, 0)),
         }
-        if len(self.stress):
-            stress = _mean_abs(self.stress_model - self.stress), _mean_abs(self.stress)
-            errors["stress MAE, eV/A^3"] = stress
-        return errors
+        return {name: values[:2] for name, values in errors.items() if values[2]}
 
     def force_cosine(self) -> float:
         """Mean cosine between predicted and labelled forces of free atoms."""
-        dots = (self.forces * self.forces_model).sum(1)
-        norms = np.linalg.norm(self.forces, axis=1) * np.linalg.norm(self.forces_model, axis=1)
-        return float((dots / np.maximum(norms, 1e-12)).mean())
+        return means(self._sums())["forces_cosine_similarity"][0]
+
+    def _sums(self) -> Sums:
+        return structure_sums(self, np.zeros(len(self.n_atoms), int), 1)
 
     def table(self) -> str:
         """The errors beside those of the trivial models, one a line."""
@@ -81,10 +79,6 @@ class Parity:
             "zero for forces and stress"
         )
         return "\n".join(lines)
-
-
-def _mean_abs(values: np.ndarray) -> float:
-    return float(np.abs(values).mean())
 
 
 def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parity:
@@ -128,13 +122,11 @@ def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parit
 
 
 def _stress(batch: Any, predicted: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and predictions where both exist, (T, 9) each; a molecule's stress is NaN."""
+    """Labels, NaN for a molecule, and predictions, (S, 9) each, or (0, 9) without any."""
     if "stress" not in predicted or "stress" not in batch:
         return np.zeros((0, 9)), np.zeros((0, 9))
     label = batch.stress.numpy().reshape(-1, 9)
-    model = predicted["stress"].reshape(-1, 9)
-    known = np.isfinite(label).all(axis=1) & np.isfinite(model).all(axis=1)
-    return label[known], model[known]
+    return np.where(np.isfinite(label), label, np.nan), predicted["stress"].reshape(-1, 9)
 
 
 def _batches(structures: Any) -> Iterator[list[Any]]:

@@ -113,8 +113,9 @@ def draw_parity(parity: Parity, path: Path) -> Path:
         ),
         "force, eV/A": (parity.forces.ravel(), parity.forces_model.ravel()),
     }
-    if len(parity.stress):
-        panels["stress, eV/A^3"] = parity.stress.ravel(), parity.stress_model.ravel()
+    known = np.isfinite(parity.stress).all(axis=1)
+    if known.any():
+        panels["stress, eV/A^3"] = parity.stress[known].ravel(), parity.stress_model[known].ravel()
     figure, axes = _figure(len(panels))
     for axis, (title, (label, model)) in zip(axes, panels.items(), strict=True):
         _scatter(axis, label, model, title)
@@ -153,6 +154,30 @@ def draw_by_element(rows: list[ElementErrors], path: Path) -> Path:
         axes.set_xticks(places, labels, fontsize="small")
         axes.set(xlim=(-0.7, len(rows) - 0.3), ylim=(0, 1.15 * axes.get_ylim()[1]), **words)
         axes.legend(fontsize="small", ncols=2, loc="upper right")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_groups(
+    panels: dict[str, tuple[str, dict[str, tuple[float, float, int]]]], path: Path
+) -> Path:
+    """Errors of groups of atoms or structures beside those of the trivial models.
+
+    Args:
+        panels: By title: the label of the groups, and by their names the error of the model, that
+            of the trivial model, and how many were counted.
+        path: The figure.
+    """
+    figure, axes = _figure(len(panels), size=(5.2, 3.8))
+    for axis, (title, (xlabel, groups)) in zip(axes, panels.items(), strict=True):
+        places = np.arange(len(groups))
+        values, trivials, counts = zip(*groups.values(), strict=True)
+        axis.bar(places, values, width=0.7, label="model")
+        axis.plot(places, trivials, "_", color="black", markersize=14, label="baseline")
+        labels = [f"{name}\n({count:,})" for name, count in zip(groups, counts, strict=True)]
+        axis.set_xticks(places, labels, fontsize="x-small", rotation=45, ha="right")
+        axis.set(xlabel=f"{xlabel} (number)", title=title, yscale="log")
+        axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return path
 
