@@ -110,6 +110,13 @@ RECIPE_KEYS = {
     "freeze": "parts of the model that stay as they are",
     "layer_decay": "factor of the learning rate from a layer to the one before it",
     "lora_rank": "rank of low-rank updates; 0 trains the weights themselves",
+    "checkpoint": "of recipes that predict: an inference checkpoint, or the folder of a run",
+    "splits": "data sets to predict, by name; `splits.NAME=null` leaves one out",
+    "task": "data set of the checkpoint whose tasks are predicted, if it knows several",
+    "part_rows": "structures of a part: what a kill loses at most, per GPU",
+    "allow_unknown_elements": "predict elements that have no reference energy, too",
+    "free_atoms_only": "evaluate forces on free atoms; false: on all",
+    "milli": "print meV in place of eV",
     "job": "fairchem's job: `run_dir`, `run_name`, `timestamp_id` (the same again resumes), "
     "`device_type`, `scheduler`, `logger`",
 }  # fmt: skip

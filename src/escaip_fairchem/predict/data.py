@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from escaip_fairchem.data.datasets import create_dataset
 from escaip_fairchem.data.energies import EXACT_ENERGY
+from escaip_fairchem.data.formats.spice_molecules import subset_name
 from escaip_fairchem.data.loaders import pack
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.predict.parts import Split
@@ -63,7 +64,7 @@ class Structures(Dataset):
             "sid": np.array([str(info.get("sid", row))]),
             "fid": np.array([str(info.get("fid", ""))]),
             # MACE-OFF's files of SPICE have it under the second name
-            "subset": np.array([str(info.get("subset", info.get("config_type", "")))]),
+            "subset": np.array([subset_name(str(info.get("subset", info.get("config_type", ""))))]),
             **_labels(data, atoms.calc.results if atoms.calc is not None else {}),
         }
         for name in ("energy", "forces", "stress", EXACT_ENERGY):

@@ -176,7 +176,9 @@ def draw_groups(
         axis.plot(places, trivials, "_", color="black", markersize=14, label="baseline")
         labels = [f"{name}\n({count:,})" for name, count in zip(groups, counts, strict=True)]
         axis.set_xticks(places, labels, fontsize="x-small", rotation=45, ha="right")
-        axis.set(xlabel=f"{xlabel} (number)", title=title, yscale="log")
+        axis.set(xlabel=f"{xlabel} (number)", title=title)
+        if max(values) > 30 * min(values) > 0:
+            axis.set_yscale("log")
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     return path

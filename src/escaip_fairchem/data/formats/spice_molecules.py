@@ -100,9 +100,7 @@ class Molecule:
 
     @cached_property
     def _info(self) -> dict[str, int | str]:
-        label = self._text("subset")
-        subset = next((short for key, short in SUBSETS.items() if key in label), label)
-        smiles = self._text("smiles")
+        subset, smiles = subset_name(self._text("subset")), self._text("smiles")
         return {"charge": formal_charge(smiles), "spin": 1, "smiles": smiles, "subset": subset}
 
     @cached_property
@@ -175,6 +173,17 @@ class SingleFrame:
         charge = round(float(group.attrs.get("charge", 0)))
         atoms.info = {"sid": self.sid, "fid": self.first, "charge": charge, "spin": 1}
         return atoms
+
+
+def subset_name(published: str) -> str:
+    """Short name of a subset, as MACE-OFF has it; other names stay as they are.
+
+    Args:
+        published: Such as ``SPICE PubChem Set 6 Single Points Dataset v1.2``, or a short name.
+    """
+    if published in SUBSETS.values():
+        return published
+    return next((short for text, short in SUBSETS.items() if text in published), published)
 
 
 def formal_charge(smiles: str) -> int:
