@@ -59,7 +59,7 @@ class RelaxRunner(PredictRunner):
     ) -> None:
         super().__init__(checkpoint, splits, **options)
         if optimizer not in OPTIMIZERS:
-            raise UserError(f"optimizer={optimizer}; choose one of {', '.join(OPTIMIZERS)}")
+            raise UserError(f"relax_optimizer={optimizer}; choose one of {', '.join(OPTIMIZERS)}")
         for name, value in (("fmax", fmax), ("relax_steps", steps), ("maxstep", maxstep)):
             if value <= 0:
                 raise UserError(f"{name}={value}; give a positive number")
