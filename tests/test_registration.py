@@ -144,3 +144,23 @@ def test_each_start_has_a_file_of_its_own_to_meet(tmp_path: Path) -> None:
     assert {file.parent for file in files} == {folder}
     assert not any(file.exists() for file in files)
     assert {file.name for file in folder.iterdir()} == {".shared-0", ".shared-1-6"}
+
+
+def test_reducers_after_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's launcher makes a plain string of what is to be run; fairchem needs its own type."""
+    from fairchem.core.launchers import slurm_launch
+    from fairchem.core.launchers.api import RunType
+    from torch.distributed.elastic.utils import macros
+
+    found = []
+
+    class Program:
+        def __call__(self, config: object, run_type: RunType) -> None:
+            found.append((config, run_type.value))
+
+    monkeypatch.setattr(slurm_launch, "SlurmSPMDProgram", Program)
+    passed_on = macros.substitute([{}, RunType.REDUCE], "0")
+    assert type(passed_on[1]) is str
+    slurm_launch.runner_wrapper(*passed_on)
+    slurm_launch.runner_wrapper({})
+    assert found == [({}, "reduce"), ({}, "run")]

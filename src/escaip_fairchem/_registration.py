@@ -3,8 +3,9 @@
 `arm` is the target of a packaging entry point in the group ``torch.backends``: torch calls it
 at the end of ``import torch``, when fairchem is at most half imported. So this module uses the
 standard library only, waits until fairchem's registry module has been executed, and then hangs
-in names that import the real classes on first use. `_rendezvous` is put in its place by the same
-means: ranks need it before any other code of this package runs. See ``docs/registration.md``.
+in names that import the real classes on first use. `_rendezvous` and `_launching` are put in their
+places by the same means: ranks need them before any other code of this package runs. See
+``docs/registration.md``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from escaip_fairchem import _rendezvous
+from escaip_fairchem import _launching, _rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Callable, ItemsView, ValuesView
@@ -44,6 +45,7 @@ def arm() -> None:
             return
         _after_import(REGISTRY_MODULE, "registry", _install)
         _after_import(_rendezvous.DISTRIBUTED_MODULE, _rendezvous.FUNCTION, _rendezvous.install)
+        _after_import(_launching.LAUNCH_MODULE, _launching.FUNCTION, _launching.install)
 
 
 def _after_import(name: str, part: str, install: Callable[[ModuleType], None]) -> None:

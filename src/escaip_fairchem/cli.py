@@ -20,6 +20,7 @@ from escaip_fairchem.commands import (
     references,
     sample_data,
     split,
+    submission,
     sweep,
 )
 from escaip_fairchem.errors import UserError
@@ -40,6 +41,7 @@ COMMANDS = (
     info,
     check,
     plot,
+    submission,
     bench,
     config_reference,
 )

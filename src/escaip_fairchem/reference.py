@@ -117,6 +117,14 @@ RECIPE_KEYS = {
     "allow_unknown_elements": "predict elements that have no reference energy, too",
     "free_atoms_only": "evaluate forces on free atoms; false: on all",
     "milli": "print meV in place of eV",
+    "board": "the leaderboard that a file is for",
+    "ids": "names in that file: `sid`, `sid_fid`, or `auto` for the first if it is unique",
+    "atoms": "whose forces that file has: `all` or `free`",
+    "fixed_forces": "those of atoms held in place: `zero`, or as `predicted`",
+    "relax_optimizer": "of ASE: `LBFGS`, `BFGS` or `FIRE`",
+    "fmax": "largest force on a free atom of a relaxed structure, eV/A",
+    "relax_steps": "most steps of a relaxation",
+    "maxstep": "longest move of an atom in a step of a relaxation, A",
     "job": "fairchem's job: `run_dir`, `run_name`, `timestamp_id` (the same again resumes), "
     "`device_type`, `scheduler`, `logger`",
 }  # fmt: skip

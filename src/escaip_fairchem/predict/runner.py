@@ -32,12 +32,15 @@ from escaip_fairchem.train.evaluation import device_type, reduced_precision
 from escaip_fairchem.train.runner import share_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fairchem.core.datasets.atomic_data import AtomicData
     from torch import Tensor
 
     from escaip_fairchem.predict.data import Arrays
+
+    #: From a batch to its predictions by properties, on the device.
+    Predict = Callable[[AtomicData], dict[str, Tensor]]
 
 
 class PredictRunner(Runner):
@@ -169,12 +172,22 @@ class PredictRunner(Runner):
             inference_settings=InferenceSettings(compile=False, tf32=self.settings["tf32"]),
         )
         names = {each.property: each.name for each in unit.dataset_to_tasks[task]}
+
+        def predict(data: AtomicData) -> dict[str, Tensor]:
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                predicted = predict_batch(unit, data)
+            return {prop: predicted[name].detach() for prop, name in names.items()}
+
         for data, arrays in loader:
             if not self.allow_unknown_elements:
                 require_known(references, *(arrays[k] for k in ("numbers", "natoms", "sid")))
-            with torch.autocast(device, dtype, enabled=dtype is not None):
-                predicted = predict_batch(unit, data)
-            yield {prop: predicted[name].detach() for prop, name in names.items()}, arrays
+            yield self.outcome(predict, data, arrays)
+
+    def outcome(
+        self, predict: Predict, data: AtomicData, arrays: Arrays
+    ) -> tuple[dict[str, Tensor], Arrays]:
+        """What becomes of a batch: its predictions, and the arrays of its structures."""
+        return predict(data), arrays
 
 
 def predict_batch(unit: Any, data: AtomicData) -> dict[str, Tensor]:
