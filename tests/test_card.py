@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of 3 GPUs and 2 hours."""
+    monkeypatch.setenv("ESCAIP_DATA", str(tmp_path / "data"))
     run = make_run(tmp_path, labelled_atoms(4), conservative=False, stress=False)
-    config = (run / "canonical_config.yaml").read_text()
-    train = yaml.safe_load(config)["runner"]["eval_dataloader"]
-    content = yaml.safe_load(config)
-    content["runner"]["train_dataloader"] = train
+    content = yaml.safe_load((run / "canonical_config.yaml").read_text())
+    content["runner"]["train_dataloader"] = content["runner"]["eval_dataloader"]
     (run / "canonical_config.yaml").write_text(yaml.safe_dump(content))
     summary = {
         "wall_time_s": 7200.0, "ranks": 3, "device": "NVIDIA H100", "steps": 1500, "epochs": 2.5,

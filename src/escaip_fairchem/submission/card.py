@@ -259,7 +259,7 @@ def _limits(found: dict[str, Any]) -> str:
     from ase.data import chemical_symbols
 
     numbers = sorted({number for task in found["tasks"] for number in task["references"]})
-    elements = [chemical_symbols[number] for number in numbers]
+    elements = [chemical_symbols[number] for number in numbers if number < len(chemical_symbols)]
     lines = [
         "- Elements with a reference energy: " + " ".join(elements) + "."
         if elements
