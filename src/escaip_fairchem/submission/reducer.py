@@ -47,9 +47,11 @@ class SubmissionReducer(Reducer):
         Raises:
             UserError: Predictions are missing, or the file has problems, which are printed.
         """
-        if not distutils.is_master():
-            return
-        folder = Path(self.job_config.metadata.results_dir)
+        if distutils.is_master():
+            self.reduce_folder(Path(self.job_config.metadata.results_dir))
+
+    def reduce_folder(self, folder: Path) -> None:
+        """Write the file beside a folder of predictions, on whatever rank; as `reduce`."""
         path = folder.parent / f"{self.board.name}.npz"
         chosen = write_submission(folder, self.board, path, **self.settings)
         report = check(path, Expectations(self.board, atoms=chosen["atoms"]))
