@@ -70,15 +70,20 @@ def test_every_block_is_known() -> None:
 
 
 def test_commands_for_published_data_are_those_of_the_error(tmp_path: Path) -> None:
-    """Whoever lacks a recipe's data is told the command that docs/data.md explains."""
+    """Whoever lacks a recipe's data is told the command that the documentation explains."""
     found = set()
-    for block in blocks(ROOT / "docs" / "data.md"):
+    for block in [b for page in ("data", "evaluation") for b in blocks(ROOT / f"docs/{page}.md")]:
         if block.excuse:
             for call in calls(block.code, tmp_path / "bash"):
                 found.add(" ".join([call.program, *call.arguments]))
     for name, arguments in PUBLISHED.items():
         assert f"escaip convert {arguments.format(out=f'data/{name}')}" in found
-        groups = [*ROOT.glob(f"src/escaip_fairchem/configs/*/dataset/{name}.yaml")]
+        configs = ROOT / "src/escaip_fairchem/configs"
+        if "--unlabelled" in arguments:
+            evaluations = [path.read_text() for path in configs.glob("*/evaluation/val.yaml")]
+            assert sum(f": {name}/test\n" in text for text in evaluations) == 1
+            continue
+        groups = [*configs.glob(f"*/dataset/{name}.yaml")]
         (dataset,) = (yaml.safe_load(group.read_text())["dataset"] for group in groups)
         assert (dataset["train"], dataset["val"]) == (f"{name}/train", f"{name}/val")
 

@@ -84,7 +84,7 @@ def test_the_recipe_repeats_the_run(page: Path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_own_slab_low_rank_on_two_ranks(page: Path, test_data: Path, monkeypatch, capfd):
+def test_own_slab_low_rank(page: Path, test_data: Path, monkeypatch, capfd):
     """VASP's relaxation, total energies: frozen parts stay, no trace of peft, ASE calculator.
 
     The run is named by a date, which Hydra would read as a number.
@@ -93,8 +93,7 @@ def test_own_slab_low_rank_on_two_ranks(page: Path, test_data: Path, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = (
         f"finetune {page}/runs/base {source} --out {page}/runs/2026_11_21 --energy total --steps 6 "
-        "--lora 4 --freeze embedding,blocks.0 --layer-decay 0.8 --max-atoms 100 "
-        "--set job.scheduler.ranks_per_node=2"
+        "--lora 4 --freeze embedding,blocks.0 --layer-decay 0.8 --max-atoms 100"
     )
     assert main(shlex.split(command)) == 0
     out = capfd.readouterr().out

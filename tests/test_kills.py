@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 RECIPE = Path(__file__).parents[1] / "configs" / "oc20" / "escaip_2m.yml"
-KILLS = int(os.environ.get("ESCAIP_KILLS", "2"))
+KILLS = int(os.environ.get("ESCAIP_KILLS", "1"))
 STEPS = 12
 SETTINGS = [
     *("cluster=cpu", "backbone=tiny", "dataset=sample", "epochs=null", f"steps={STEPS}"),
