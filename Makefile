@@ -16,12 +16,14 @@ demo: $(VENV)/installed
 	$(BIN)/escaip plot $(DEMO)
 	$(BIN)/python examples/relax_slab.py $(DEMO)/checkpoints/final/inference_ckpt.pt
 
+# FULL=1: also long tests that are much like others.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	ESCAIP_TEST_FULL=$(FULL) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Jobs on a SLURM that the tests start and stop; FULL=1: all 20 interruptions at random moments.
+# Jobs on a SLURM that the tests start and stop; FULL=1: all 20 interruptions at random moments;
+# SELECT=test_run.py: one file.
 test-slurm: $(VENV)/installed-test
-	ESCAIP_TEST_FULL=$(FULL) $(BIN)/python -m pytest tests/slurm --durations=10
+	ESCAIP_TEST_FULL=$(FULL) $(BIN)/python -m pytest tests/slurm/$(SELECT) --durations=10
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -20,6 +20,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `make test FULL=1` and `make test-slurm FULL=1` run besides."""
+    if os.environ.get("ESCAIP_TEST_FULL", "") not in ("", "0"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Folder of real DFT frames that is not part of the project."""

@@ -135,6 +135,7 @@ def pair(folder: Path, undisturbed: Any) -> Callable[[], list[Run]]:
     return start
 
 
+@pytest.mark.full  # on SLURM by every `make test-slurm`
 def test_two_ranks_stop_together(folder: Path, pair: Callable[[], list[Run]]) -> None:
     """One of them gets the signal; both save, and end with its exit code."""
     runs = pair()

@@ -97,6 +97,7 @@ def test_file(folder: Path, whole: tuple[bytes, float]) -> None:
     assert not check(folder / "whole.npz", Expectations(dataset=data)).problems
 
 
+@pytest.mark.full  # parts are kept as in test_predict
 def test_killed_at_any_moment(folder: Path, whole: tuple[bytes, float]) -> None:
     """The same command goes on, to the same bytes; the seed is printed by pytest."""
     content, took = whole

@@ -437,6 +437,7 @@ def test_overrides_may_stand_anywhere():
     assert with_action(["info", "sweep"]) == ["info", "sweep"]
 
 
+@pytest.mark.full
 def test_ctrl_c_stops_the_runs_in_good_order(swept, tmp_path):
     shutil.copy(swept[0] / "s.yml", tmp_path / "s.yml")
     status = tmp_path / "d/points/lr_0.001/status.json"
