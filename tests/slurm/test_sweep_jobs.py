@@ -107,7 +107,7 @@ def test_two_hundred_points_are_submitted_by_one_call_in_under_a_minute(slurm, f
     (folder / "many.yml").write_text(
         "random: {lr: {loguniform: [1e-4, 1e-2]}, loss.forces: {uniform: [1, 100]}}\n"
         "samples: 200\nparallel: 4\n"
-        + FIXED.replace("{", "{job.scheduler.slurm.additional_parameters: {hold: true}, ", 1)
+        + FIXED.replace("{", "{+job.scheduler.slurm.additional_parameters.hold: true, ", 1)
     )
     before, used = sbatch_calls(slurm), resource.getrusage(resource.RUSAGE_CHILDREN)
     out = sweep(slurm, folder, "sweep", str(RECIPE), "many.yml", "--dir", "many")
