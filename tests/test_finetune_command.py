@@ -15,7 +15,7 @@ from ase.io import read, write
 import escaip_fairchem
 from escaip_fairchem.cli import main
 from escaip_fairchem.train.callbacks import read_metrics
-from launcher import launch
+from fork_runs import launch
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "finetuning.md").read_text()
@@ -31,6 +31,7 @@ def run_line(line: str) -> None:
     if program == "escaip":
         assert main(arguments) == 0, line
         return
+    assert arguments.pop(0) == "-c"
     done = launch(Path.cwd(), *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import time
@@ -18,7 +17,7 @@ from escaip_fairchem.data.sample import make_sample
 from escaip_fairchem.train.callbacks import read_metrics
 from escaip_fairchem.train.lock import holder
 from escaip_fairchem.train.status import read_status
-from fork_runs import Run
+from fork_runs import Run, killed_at_random
 from helpers import SMALL
 
 if TYPE_CHECKING:
@@ -83,24 +82,15 @@ def steps_done(folder: Path, steps: int) -> Callable[[], bool]:
 
 
 def test_killed_at_any_moment(folder: Path, undisturbed: tuple[Any, float]) -> None:
-    """Start-up, steps, evaluations and checkpoints among them; the seed is printed by pytest."""
+    """Start-up, steps, evaluations and checkpoints among them."""
     whole, took = undisturbed
-    seed = random.randrange(10**6)
-    print("seed", seed)
-    moments = random.Random(seed)
-    for _ in range(KILLS):
-        run = Run(folder, "config.yaml")
-        run.process.join(moments.uniform(0, took))
-        run.kill(signal.SIGKILL)
-        if run.wait() == 0:  # it was done; the next begins anew
+    for code in killed_at_random(folder, "config.yaml", took, KILLS):
+        if code == 0:  # it was done; the next begins anew
             assert_same(result(folder), whole)
+            assert read_status(run_of(folder)).state == "finished"
             shutil.rmtree(run_of(folder))
         else:
             assert read_status(run_of(folder)).state in ("absent", "dead", "finished")
-    assert Run(folder, "config.yaml").wait() == 0
-    assert_same(result(folder), whole)
-    assert read_status(run_of(folder)).state == "finished"
-    shutil.rmtree(run_of(folder))
 
 
 def test_control_c(folder: Path, undisturbed: tuple[Any, float]) -> None:
@@ -111,8 +101,10 @@ def test_control_c(folder: Path, undisturbed: tuple[Any, float]) -> None:
     run = Run(folder, "config.yaml")
     run.when(lambda: read_status(run_of(folder)).state == "running")
     assert holder(run_of(folder))["pid"] == run.pid
+    run.kill(signal.SIGSTOP)  # it would end first where the machine is busy
     second = Run(folder, "config.yaml", "job.seed=7", log="second")
     assert second.wait() == 1
+    run.kill(signal.SIGCONT)
     assert f"is in use by process {run.pid}" in second.said().strip().splitlines()[-1]
     run.kill(signal.SIGINT)
     assert run.wait() == 130

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +20,7 @@ from escaip_fairchem.predict.parts import complete, read_split
 from escaip_fairchem.predict.relax import RelaxRunner
 from escaip_fairchem.submission.boards import BOARDS
 from escaip_fairchem.submission.check import Expectations, check
-from fork_runs import Run
+from fork_runs import Run, killed_at_random, launch
 from predict_jobs import job
 from run_helpers import compose_quickly, save_checkpoint
 from submission_helpers import OC20_SPLITS, make_test_set, slabs
@@ -99,20 +97,11 @@ def test_file(folder: Path, whole: tuple[bytes, float]) -> None:
 
 @pytest.mark.full  # parts are kept as in test_predict
 def test_killed_at_any_moment(folder: Path, whole: tuple[bytes, float]) -> None:
-    """The same command goes on, to the same bytes; the seed is printed by pytest."""
+    """The same command goes on, to the same bytes."""
     content, took = whole
-    seed = random.randrange(10**6)
-    print("seed", seed)
-    moments = random.Random(seed)
-    for _ in range(KILLS):
-        run = Run(folder, "config.yaml")
-        run.process.join(moments.uniform(0, took))
-        run.kill(signal.SIGKILL)
-        run.wait()
-        file = of(folder) / "oc20_s2ef.npz"
-        assert not file.exists() or file.read_bytes() == content
-    assert Run(folder, "config.yaml").wait() == 0
-    assert (of(folder) / "oc20_s2ef.npz").read_bytes() == content
+    file = of(folder) / "oc20_s2ef.npz"
+    for code in killed_at_random(folder, "config.yaml", took, KILLS):
+        assert file.read_bytes() == content if file.exists() else code != 0
     assert not list(of(folder).glob("**/.*partial*"))
 
 
@@ -153,6 +142,32 @@ def test_relaxations(folder: Path, optimizer: str, tmp_path: Path, monkeypatch) 
 def nearest(atoms: Atoms, shift: np.ndarray) -> np.ndarray:
     """Shifts to the nearest images."""
     return find_mic(shift, atoms.cell, atoms.pbc)[0]
+
+
+def test_is2re(folder: Path) -> None:
+    """The recipe relaxes; its file has the energies where that ended, in the published form."""
+    structures = {s: f"oc20_s2ef_test/test_{s}" for s in OC20_SPLITS}
+    settings = [
+        *("cluster=cpu", "checkpoint=model", "part_rows=4", "max_atoms=50", "relax_steps=2"),
+        *(f"splits.{split}={path}" for split, path in structures.items()),
+    ]
+    done = launch(folder, RECIPES / "oc20" / "leaderboard_is2re.yml", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = folder / "submissions" / "oc20_leaderboard_is2re"
+    data = [str(folder / "data" / "oc20_s2ef_test")]
+    assert not check(results / "oc20_is2re.npz", Expectations(dataset=data)).problems
+    calculated = calculator(folder / "model" / "inference_ckpt.pt", device="cpu")
+    with np.load(results / "oc20_is2re.npz") as file:
+        assert sorted(file) == sorted(
+            f"{s}_{key}" for s in OC20_SPLITS for key in ("ids", "energy")
+        )
+        for split, path in structures.items():
+            for atoms, energy in zip(
+                stored(folder / "data" / path), file[f"{split}_energy"], strict=True
+            ):
+                atoms.calc = calculated
+                ase.optimize.LBFGS(atoms, logfile=None, maxstep=0.04).run(fmax=0.02, steps=2)
+                assert energy == pytest.approx(atoms.get_potential_energy(), abs=2e-3)
 
 
 @pytest.mark.parametrize(

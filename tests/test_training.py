@@ -15,7 +15,7 @@ from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.averaging import ema_decay_at, warmed_up_average
 from escaip_fairchem.train.callbacks import column_names, read_metrics
 from escaip_fairchem.train.runner import share_cores
-from launcher import launch
+from fork_runs import launch
 
 if TYPE_CHECKING:
     import subprocess
@@ -30,10 +30,6 @@ COMMAND = (
     "recipe.yml", *SMALL, f"steps={STEPS}", "epochs=null", "lr=1e-3", "max_atoms=120",
     f"checkpoint_every_n_steps={CHECKPOINT}", "job.timestamp_id=one",
 )  # fmt: skip
-
-
-def fairchem(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return launch(folder, "-c", *arguments)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -55,7 +51,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(workplace: Path) -> tuple[Path, str]:
     """Folder and output of a finished run; its `final` is kept as `undisturbed`."""
-    done = fairchem(workplace, *COMMAND)
+    done = launch(workplace, *COMMAND)
     assert done.returncode == 0, done.stderr[-3000:]
     run = workplace / "runs" / "one"
     shutil.copytree(run / "checkpoints" / "final", run / "undisturbed")
@@ -147,7 +143,7 @@ def test_resumed_run_ends_at_the_same_weights(
     run, _ = trained
     shutil.rmtree(run / "checkpoints" / "final")
     checkpoint = run / "checkpoints" / f"step_{CHECKPOINT}"
-    done = fairchem(workplace, *(COMMAND if by == "same command" else [checkpoint / by]))
+    done = launch(workplace, *(COMMAND if by == "same command" else [checkpoint / by]))
     assert done.returncode == 0, done.stderr[-3000:]
     # from the checkpoint, not from the start
     assert str(checkpoint) in done.stdout + done.stderr
@@ -161,7 +157,7 @@ def test_resumed_run_ends_at_the_same_weights(
 
 def test_two_processes(workplace: Path) -> None:
     """On CPUs (gloo), with data-loader workers: both processes share the work, and end."""
-    done = fairchem(
+    done = launch(
         workplace, "recipe.yml", *SMALL, "job.scheduler.ranks_per_node=2", "num_workers=1",
         "accumulate=2", "shard_optimizer=true", "steps=4", "epochs=null", "max_atoms=120",
         "job.timestamp_id=two",
@@ -177,7 +173,7 @@ def test_two_processes(workplace: Path) -> None:
 
 def test_absent_data_is_the_last_line(workplace: Path) -> None:
     line = last_line(
-        fairchem(workplace, "recipe.yml", "cluster=cpu", "backbone=tiny", "dataset=oc20_2m")
+        launch(workplace, "recipe.yml", "cluster=cpu", "backbone=tiny", "dataset=oc20_2m")
     )
     assert "UserError" in line
     assert str(workplace / "data" / "oc20_2m" / "train") in line
@@ -185,7 +181,7 @@ def test_absent_data_is_the_last_line(workplace: Path) -> None:
 
 
 def test_misspelt_model_key_is_the_last_line(workplace: Path) -> None:
-    line = last_line(fairchem(workplace, "recipe.yml", *SMALL, "+backbone.hiden_size=64"))
+    line = last_line(launch(workplace, "recipe.yml", *SMALL, "+backbone.hiden_size=64"))
     assert "UserError" in line
     assert "hidden_size" in line
 

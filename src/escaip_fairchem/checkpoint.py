@@ -17,6 +17,7 @@ from torch import Tensor
 
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import whole_file
 
 _ATTRIBUTES = [
     ("source_atomic_embedding", "attributes.source_species"),
@@ -122,9 +123,8 @@ def import_checkpoint(source: str | Path, target: str | Path) -> None:
         weights = getattr(checkpoint, name)
         setattr(checkpoint, name, _converted(weights, conservative=conservative))
     _check_fit(checkpoint, source)
-    partial = target.with_name(target.name + ".partial")
-    torch.save(checkpoint, partial)
-    partial.replace(target)
+    with whole_file(target) as partial:
+        torch.save(checkpoint, partial)
 
 
 def convert_state_dict(weights: dict[str, Tensor], *, conservative: bool) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from escaip_fairchem.data import store
-from escaip_fairchem.data.journal import write_whole
 from escaip_fairchem.data.statistics import LabelStatistics, collect, read_given
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,17 +223,6 @@ def _try_lock(journal: Journal) -> IO | None:
             f"another process is converting into {journal.out}; wait for it, or choose another "
             "folder"
         ) from None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from escaip_fairchem.data.formats.legacy_lmdb import (
 )
 from escaip_fairchem.data.formats.legacy_record import to_atoms
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import whole_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,10 +107,13 @@ class LegacyLmdbDataset(AseAtomsDataset):
                     return natoms
         counting = tqdm(keys.tolist(), desc=f"count atoms of {file.name}", disable=None)
         natoms = np.array([self._natoms(entries, file, key) for key in counting], np.int64)
-        partial = beside.with_name(f".{beside.name}.{os.getpid()}.npz")
-        with contextlib.suppress(OSError):  # a read-only medium: counted again next time
-            np.savez(partial, natoms=natoms)
-            os.replace(partial, beside)
+        # on a read-only medium they are counted again next time
+        with (
+            contextlib.suppress(OSError),
+            whole_file(beside) as partial,
+            partial.open("wb") as file,
+        ):
+            np.savez(file, natoms=natoms)
         return natoms
 
     @staticmethod

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -78,28 +79,26 @@ def write_rows(path: Path, rows: Iterable[bytes], n_rows: int, n_bytes: int) -> 
     """
     import lmdb
 
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.unlink(missing_ok=True)
     # An upper limit of the file, which is written into it: so it depends on the content alone.
     limit = 2 * n_bytes + (2 * n_rows + 4096) * PAGE
-    database = lmdb.open(str(partial), subdir=False, lock=False, map_size=limit)
-    try:
-        transaction = database.begin(write=True)
-        index = 0
-        for index, row in enumerate(rows, 1):
-            transaction.put(b"%d" % index, row)
-            if index % TRANSACTION == 0:
-                transaction.commit()
-                transaction = database.begin(write=True)
-        if index != n_rows:
-            raise ValueError(f"{path}: {index} rows given, {n_rows} announced")
-        transaction.put(b"nextid", zlib.compress(b"%d" % (n_rows + 1)))
-        transaction.commit()
-    except lmdb.Error as error:
-        raise _system_error(error, partial) from error
-    finally:
-        database.close()
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        database = lmdb.open(str(partial), subdir=False, lock=False, map_size=limit)
+        try:
+            transaction = database.begin(write=True)
+            index = 0
+            for index, row in enumerate(rows, 1):
+                transaction.put(b"%d" % index, row)
+                if index % TRANSACTION == 0:
+                    transaction.commit()
+                    transaction = database.begin(write=True)
+            if index != n_rows:
+                raise ValueError(f"{path}: {index} rows given, {n_rows} announced")
+            transaction.put(b"nextid", zlib.compress(b"%d" % (n_rows + 1)))
+            transaction.commit()
+        except lmdb.Error as error:
+            raise _system_error(error, partial) from error
+        finally:
+            database.close()
 
 
 class RowFile:

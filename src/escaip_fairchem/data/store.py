@@ -16,6 +16,7 @@ from escaip_fairchem.data.facts import mean_force
 from escaip_fairchem.data.frames import free_atoms
 from escaip_fairchem.data.rows import RowFile, encode_row, write_rows
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -95,9 +96,8 @@ class SplitWriter:
 def write_metadata(folder: Path, natoms: Sequence[int], **per_frame: Sequence[float]) -> None:
     """Write ``metadata.npz``: what samplers need of every frame, in the order of the rows."""
     values = {name: np.asarray(value, dtype=float) for name, value in per_frame.items()}
-    partial = folder / ".metadata.partial.npz"
-    np.savez(partial, natoms=np.asarray(natoms, dtype=np.int64), **values)
-    os.replace(partial, folder / "metadata.npz")
+    with whole_file(folder / "metadata.npz") as partial, partial.open("wb") as file:
+        np.savez(file, natoms=np.asarray(natoms, dtype=np.int64), **values)
 
 
 def copy_rows(sources: Sequence[Path], target: Path, indices: np.ndarray) -> None:
@@ -263,7 +263,5 @@ def energy_lines(references: References) -> list[str]:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file in one step, so that a reader never sees a part of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with whole_file(target) as partial:
+        shutil.copyfile(source, partial)

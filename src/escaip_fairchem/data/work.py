@@ -13,9 +13,9 @@ import numpy as np
 from escaip_fairchem.data import checks
 from escaip_fairchem.data.facts import Facts, columns, measure
 from escaip_fairchem.data.frames import keys_of
-from escaip_fairchem.data.journal import write_whole
 from escaip_fairchem.data.rows import encode_row
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,6 +14,7 @@ from fairchem.core.components.reducer import Reducer
 
 from escaip_fairchem.describe import describe_task, find_checkpoint, load_safely
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.predict.metrics import COUNTED, UNITS, means
 from escaip_fairchem.predict.parts import Plan, missing
 from escaip_fairchem.predict.references import energy_references
@@ -119,7 +120,7 @@ def evaluate(
         **versions(),
     }
     path = folder.parent / METRICS_NAME
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(metrics_table(result, milli=milli), f"written: {path}", sep="\n", flush=True)
     return result
 

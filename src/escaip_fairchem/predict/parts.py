@@ -24,7 +24,6 @@ complete, and is never made again.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import whole_file, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -121,10 +121,7 @@ class Plan:
         if path.is_file():
             self._require_equal(Plan.read(folder), folder)
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = _partial(path)
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
 
     def parts(self) -> list[tuple[str, int]]:
         """All parts: names of splits, and numbers within them."""
@@ -182,13 +179,8 @@ def write_part(
         arrays: The arrays named at the top of this module.
     """
     path = part_path(folder, split, index)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
     for abandoned in path.parent.glob(f".{path.name}.partial-*"):  # by processes killed in here
         abandoned.unlink(missing_ok=True)
 
@@ -238,8 +230,3 @@ def select(arrays: Mapping[str, np.ndarray], chosen: np.ndarray) -> dict[str, np
         name: array[atoms if name.removesuffix("_label") in PER_ATOM else chosen]
         for name, array in arrays.items()
     }
-
-
-def _partial(path: Path) -> Path:
-    """A hidden name beside a file, for writing it."""
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")

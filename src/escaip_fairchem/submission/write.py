@@ -5,15 +5,14 @@ Equal predictions give equal bytes.
 
 from __future__ import annotations
 
-import os
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import whole_file
 from escaip_fairchem.predict.parts import Plan, missing, part_path
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def write_submission(
     if ids == "auto":
         unique = all(len(np.unique(sid)) == len(sid) for sid, _ in names.values())
         ids = "sid" if unique else "sid_fid"
-    with _whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with whole_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
         for split in board.splits:
             values = _ids(split, *names.pop(split), ids)
             _put(archive, f"{split}_ids", values.dtype, values.shape, [values])
@@ -170,17 +169,3 @@ def _put(
         np.lib.format.write_array_header_1_0(file, header)
         for piece in pieces:
             file.write(np.ascontiguousarray(piece, dtype).tobytes())
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place at the end, unless something fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

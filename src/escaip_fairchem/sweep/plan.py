@@ -15,6 +15,7 @@ import yaml
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.data.datasets import find_sources
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.sweep.compose import composer, to_yaml
 from escaip_fairchem.sweep.points import expand, override_value
 from escaip_fairchem.sweep.spec import load_spec
@@ -23,7 +24,6 @@ from escaip_fairchem.sweep.store import (
     Sweep,
     difference,
     load_sweep,
-    write_atomically,
 )
 from escaip_fairchem.train.summary import versions
 
@@ -200,6 +200,6 @@ def store(plan: Plan, recipe: Path, sweep_file: Path) -> None:
         if source.resolve() != target:
             shutil.copy(source, target)
     for name, config in plan.configs.items():
-        write_atomically(sweep.config(name), to_yaml(config))
+        write_whole(sweep.config(name), to_yaml(config))
     sweep.versions = versions()["versions"]
     sweep.save()

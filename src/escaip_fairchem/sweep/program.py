@@ -10,8 +10,9 @@ from fairchem.core.launchers.slurm_launch import SlurmSPMDProgram
 from omegaconf import OmegaConf
 from submitit.helpers import DelayedSubmission
 
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.sweep.halving import decide, stop_overrides
-from escaip_fairchem.sweep.store import load_sweep, write_atomically
+from escaip_fairchem.sweep.store import load_sweep
 
 
 class PointProgram(SlurmSPMDProgram):
@@ -40,7 +41,7 @@ class PointProgram(SlurmSPMDProgram):
         config = get_hydra_config_from_yaml(str(sweep.config(name)), stop_overrides(sweep, rung))
         if os.environ.get("SLURM_PROCID", "0") == "0":
             os.makedirs(config.job.metadata.log_dir, exist_ok=True)
-            write_atomically(sweep.run(name) / "canonical_config.yaml", OmegaConf.to_yaml(config))
+            write_whole(sweep.run(name) / "canonical_config.yaml", OmegaConf.to_yaml(config))
         super().__call__(config)
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:

@@ -7,12 +7,12 @@ of each point (configs/NAME.yaml), the runs (points/NAME) and the logs of SLURM 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 
 STATE_NAME = "sweep.json"
 # Where and when a point runs may change between its starts; what it computes may not.
@@ -67,7 +67,7 @@ class Sweep:
     def save(self) -> None:
         """Write sweep.json whole, or leave it as it was."""
         state = {key: value for key, value in vars(self).items() if key != "folder"}
-        write_atomically(self.folder / STATE_NAME, json.dumps(state, indent=1) + "\n")
+        write_whole(self.folder / STATE_NAME, json.dumps(state, indent=1) + "\n")
 
 
 def load_sweep(folder: Path) -> Sweep:
@@ -96,14 +96,6 @@ def select(sweep: Sweep, names: list[str]) -> list[str]:
         if name not in sweep.points:
             raise UserError(f"no point {name!r}; `escaip sweep status {sweep.folder}` lists them")
     return names or list(sweep.points)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole, or leave it as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def difference(stored: Any, wanted: Any, where: str = "") -> str | None:

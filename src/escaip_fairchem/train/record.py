@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fairchem.core.common import distutils
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.train.checkpoints import gathered
 from escaip_fairchem.train.lock import RunLock
 from escaip_fairchem.train.status import RunStatus, read_status, write_status
@@ -75,9 +76,7 @@ class Record:
     def _restore_config(self) -> None:
         """Undo the write of a second command, which fairchem does before the lock refuses it."""
         if self._config is not None and self.config_path.read_bytes() != self._config:
-            partial = self.config_path.with_name(f".{self.config_path.name}.partial")
-            partial.write_bytes(self._config)
-            partial.replace(self.config_path)
+            write_whole(self.config_path, self._config, sync=False)
 
     def close(self) -> None:
         """Free the lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.train.lock import holder, slurm_job_id
 
 STATUS_NAME = "status.json"
@@ -81,12 +83,9 @@ def write_status(run: Path, status: RunStatus) -> None:
         status: What to write; `updated` is set.
     """
     status.updated = time.time()
-    partial = Path(run) / f".{STATUS_NAME}.partial"
-    try:
-        partial.write_text(json.dumps(asdict(status), indent=1) + "\n")
-        partial.replace(Path(run) / STATUS_NAME)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(asdict(status), indent=1) + "\n"
+    with contextlib.suppress(OSError):
+        write_whole(Path(run) / STATUS_NAME, text, sync=False)
 
 
 def _read(run: Path) -> RunStatus:

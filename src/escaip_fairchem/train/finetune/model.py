@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from fairchem.core.common import distutils
 
 from escaip_fairchem.describe import load_safely
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import whole_file
 from escaip_fairchem.model import EScAIP
 from escaip_fairchem.train.unit import TrainEvalUnit
 
@@ -200,9 +200,8 @@ def make_plain(path: Path) -> None:
     checkpoint.model_config = {**model, "_target_": "escaip_fairchem.EScAIP"}
     for name in ("model_state_dict", "ema_state_dict"):
         setattr(checkpoint, name, merged(getattr(checkpoint, name)))
-    partial = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        torch.save(checkpoint, partial)
 
 
 def merged(weights: dict[str, Tensor]) -> dict[str, Tensor]:
