@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from escaip_fairchem import __version__
 from escaip_fairchem.commands import (
+    adsorption,
     bench,
     check,
     config_reference,
@@ -17,6 +18,7 @@ from escaip_fairchem.commands import (
     info,
     inspect,
     md,
+    neb,
     plot,
     references,
     relax,
@@ -46,6 +48,8 @@ COMMANDS = (
     submission,
     relax,
     md,
+    neb,
+    adsorption,
     bench,
     config_reference,
 )
