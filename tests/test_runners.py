@@ -77,6 +77,7 @@ def test_nve(tmp_path, model):
     assert kinetic.min() > 0.01
 
 
+@pytest.mark.full
 def test_phonons(tmp_path, model):
     cell = PhonopyAtoms(symbols=["Cu"], cell=copper().cell.array, scaled_positions=[[0, 0, 0]])
     phonopy.Phonopy(cell, supercell_matrix=2 * np.eye(3), primitive_matrix=np.eye(3)).save(

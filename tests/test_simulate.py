@@ -122,7 +122,10 @@ def test_options_of_the_calculator(checkpoints):
 # relaxation
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=[pytest.mark.full] * (name != "LBFGS")) for name in OPTIMIZERS],
+)
 def test_relaxation_is_that_of_ase(tmp_path, optimizer):
     """Side by side, in little batches, as one by one in ASE; fixed atoms and tags stay."""
     options = RelaxOptions(fmax=0.03, steps=60, optimizer=optimizer, max_atoms=30)
@@ -196,15 +199,15 @@ def test_saved_steps_are_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr("escaip_fairchem.simulate.relax.SAVE_SECONDS", 0.0)
     named = [("a", copper_slab())]
     with pytest.raises(Stop):
-        relax_structures(stopping(6), named, tmp_path, RelaxOptions(fmax=1e-3))
-    (record,), (end,) = relax_structures(stopping(), named, tmp_path, RelaxOptions(fmax=1e-3))
+        relax_structures(stopping(6), named, tmp_path, RelaxOptions(fmax=0.02))
+    (record,), (end,) = relax_structures(stopping(), named, tmp_path, RelaxOptions(fmax=0.02))
     frames = ase.io.read(tmp_path / "trajectories" / "00000.traj", ":")
     assert len(frames) == record.steps + 1
     np.testing.assert_array_equal(frames[0].positions, named[0][1].positions)
     moves = [np.abs(b.positions - a.positions).max() for a, b in zip(frames, frames[1:])]  # noqa: B905, RUF007
     assert min(moves) > 0
     end.calc = EMT()
-    assert np.linalg.norm(end.get_forces(), axis=1).max() < 1e-3
+    assert np.linalg.norm(end.get_forces(), axis=1).max() <= 0.02 + 1e-9
 
 
 def test_one_bad_structure_does_not_stop_the_others(tmp_path, checkpoints, capsys):
@@ -247,7 +250,10 @@ ENSEMBLES = {
 }
 
 
-@pytest.mark.parametrize("name", ENSEMBLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.full] * (n in ("nve", "npt"))) for n in ENSEMBLES],
+)
 def test_stopped_dynamics_go_on_bit_by_bit(tmp_path, name):
     """Stopped between states, so that files have more than they should; and run in two parts."""
     options = MDOptions(**ENSEMBLES[name], every=3, timestep=2.0)

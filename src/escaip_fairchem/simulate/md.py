@@ -97,7 +97,7 @@ def run_md(
     atoms.calc = model.calculator
     with claimed(out, settings):
         rng = np.random.default_rng(options.seed)
-        if options.temperature is not None and not (out / STATE_NAME).is_file():
+        if options.temperature is not None:  # before a saved state, too: Bussi looks at it
             _heat(atoms, options.temperature, rng)
         dynamics = make(atoms, options, rng)
         files = Files(out, options)
