@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from escaip_fairchem import display
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train import progress, speed
 from escaip_fairchem.train.callbacks import MetricsCallback, read_metrics
@@ -79,7 +80,7 @@ def train(callback: Any, clock: Clock, steps: int = STEPS) -> Unit:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(speed, "time", clock)
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(display, "time", clock)
     return clock
 
 

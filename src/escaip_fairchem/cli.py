@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from escaip_fairchem import __version__
 from escaip_fairchem.commands import (
+    adsorption,
     bench,
     check,
     config_reference,
@@ -16,8 +17,11 @@ from escaip_fairchem.commands import (
     import_checkpoint,
     info,
     inspect,
+    md,
+    neb,
     plot,
     references,
+    relax,
     sample_data,
     split,
     submission,
@@ -42,6 +46,10 @@ COMMANDS = (
     check,
     plot,
     submission,
+    relax,
+    md,
+    neb,
+    adsorption,
     bench,
     config_reference,
 )

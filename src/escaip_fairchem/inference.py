@@ -10,7 +10,8 @@ from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from fairchem.core import FAIRChemCalculator
+
+    from escaip_fairchem.ase_calculator import EScAIPCalculator
 
 
 def calculator(
@@ -19,7 +20,10 @@ def calculator(
     task: str | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
-) -> FAIRChemCalculator:
+    remove_net_force: bool = False,
+    d3: str | None = None,
+    neighbor_search: str | None = None,
+) -> EScAIPCalculator:
     """An ASE calculator of a trained model.
 
     Args:
@@ -27,16 +31,23 @@ def calculator(
         task: Dataset whose tasks are evaluated; needed if the model knows several.
         device: ``cpu`` or ``cuda``; a GPU if there is one by default.
         dtype: ``torch.float32`` (default) or ``torch.float64``.
+        remove_net_force: Subtract the mean force from the force of each atom: the forces of a
+            direct model do not sum to zero.
+        d3: Functional whose DFT-D3(BJ) dispersion is added, such as ``pbe``; needs ``dftd3``.
+        neighbor_search: As the key of the model, in place of what it was trained with.
 
     Returns:
         fairchem's calculator; energies in eV, forces in eV/A, stress in eV/A^3 (ASE's sign).
 
     Raises:
-        UserError: The file is missing or no checkpoint, or `task` is needed or unknown.
+        UserError: The file is missing or no checkpoint, `task` is needed or unknown, or D3 is not
+            installed or does not know the functional.
     """
     import torch
-    from fairchem.core import FAIRChemCalculator
     from fairchem.core.units.mlip_unit import InferenceSettings, load_predict_unit
+
+    from escaip_fairchem.ase_calculator import EScAIPCalculator
+    from escaip_fairchem.ase_calculator import d3 as dispersion
 
     path = Path(checkpoint)
     if not path.is_file():
@@ -48,10 +59,16 @@ def calculator(
         path,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         inference_settings=settings,
+        overrides={"backbone": {"neighbor_search": neighbor_search}} if neighbor_search else None,
     )
     known = sorted(unit.dataset_to_tasks)
     if task is None and len(known) == 1:
         task = known[0]
     if task not in known:
         raise UserError(f"task {task!r}: the checkpoint knows {', '.join(known)}; name one")
-    return FAIRChemCalculator(unit, task_name=task)
+    return EScAIPCalculator(
+        unit,
+        task,
+        remove_net_force=remove_net_force,
+        dispersion=dispersion(d3) if d3 else None,
+    )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import ase.optimize
 import numpy as np
 import torch
-from ase.calculators.singlepoint import SinglePointCalculator
 from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.predict.runner import PredictRunner
+from escaip_fairchem.simulate.relaxation import OPTIMIZERS, Relaxation
 
 if TYPE_CHECKING:
     from fairchem.core.datasets.atomic_data import AtomicData
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
 
     from escaip_fairchem.predict.data import Arrays
     from escaip_fairchem.predict.runner import Predict
-
-#: Those that need one evaluation a step, of forces only.
-OPTIMIZERS = ("LBFGS", "BFGS", "FIRE")
 
 
 class RelaxRunner(PredictRunner):
@@ -74,47 +70,30 @@ class RelaxRunner(PredictRunner):
         return predicted, {**arrays, **path}
 
 
-class _Relaxation:
-    """One structure on its way.
+class _OfData(Relaxation):
+    """One structure of a batch.
 
     Attributes:
         data: As the model takes it, where it is now.
         predicted: Properties where they were last finite.
-        positions: Where that was, (N, 3), A.
-        steps: Done so far.
-        converged: Whether the forces are small enough.
     """
 
     def __init__(self, data: AtomicData, optimizer: str, maxstep: float) -> None:
+        super().__init__(data.to_ase_single(), optimizer, maxstep)
         self.data = data
-        self.atoms = data.to_ase_single()
         self.predicted: dict[str, Tensor] = {}
-        self.positions = self.atoms.positions.copy()
-        self.steps = 0
-        self.converged = False
-        self._optimizer = getattr(ase.optimize, optimizer)(
-            self.atoms, logfile=None, maxstep=maxstep
-        )
 
-    def go_on(self, predicted: dict[str, Tensor], fmax: float, steps: int) -> bool:
+    def predicted_here(self, predicted: dict[str, Tensor], fmax: float, steps: int) -> bool:
         """Take a step, unless this is the end; says whether it took one."""
-        forces = predicted["forces"].double().cpu().numpy()
-        finite = np.isfinite(forces).all() and bool(predicted["energy"].isfinite().all())
-        if self.predicted and not finite:
-            return False
-        self.predicted, self.positions = predicted, self.atoms.positions.copy()
-        if not finite:
-            return False
-        self.atoms.calc = SinglePointCalculator(self.atoms, forces=forces)
-        # of the free atoms, as ASE leaves out the others
-        self.converged = bool(np.linalg.norm(self.atoms.get_forces(), axis=1).max() <= fmax)
-        if self.converged or self.steps == steps:
-            return False
-        self._optimizer.step()
-        self._optimizer.nsteps += 1
-        self.steps += 1
+        results = {
+            "energy": float(predicted["energy"]),
+            "forces": predicted["forces"].double().cpu().numpy(),
+        }
+        going = self.go_on(results, fmax, steps)
+        if self.results is results:
+            self.predicted = predicted
         self.data.pos = torch.as_tensor(self.atoms.positions, dtype=self.data.pos.dtype)
-        return True
+        return going
 
 
 def relax(
@@ -139,7 +118,7 @@ def relax(
     Returns:
         Predictions at the end of each relaxation, and ``positions``, ``steps``, ``converged``.
     """
-    structures = [_Relaxation(one, optimizer, maxstep) for one in data.batch_to_atomicdata_list()]
+    structures = [_OfData(one, optimizer, maxstep) for one in data.batch_to_atomicdata_list()]
     moving = structures
     while moving:
         predicted = predict(atomicdata_list_to_batch([each.data for each in moving]))
@@ -151,7 +130,7 @@ def relax(
         moving = [
             each
             for each, values in zip(moving, of_each, strict=True)
-            if each.go_on(dict(zip(predicted, values, strict=True)), fmax, steps)
+            if each.predicted_here(dict(zip(predicted, values, strict=True)), fmax, steps)
         ]
     ends = [each.predicted for each in structures]
     return {name: torch.cat([end[name] for end in ends]) for name in ends[0]}, {

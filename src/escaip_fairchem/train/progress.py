@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fairchem.core.common import distutils
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from escaip_fairchem.display import LINE_SECONDS, Bar, Lines, open_display
 from escaip_fairchem.train.speed import SpeedCallback, steps_per_epoch
 
 if TYPE_CHECKING:
     from torchtnt.framework import State
 
     from escaip_fairchem.train.unit import TrainEvalUnit
-
-_BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-BAR_SECONDS = 0.5  # between updates of the bar; each reads the loss, which waits for the GPU
-LINE_SECONDS = 30.0
 
 
 class ProgressCallback(SpeedCallback):
@@ -43,8 +37,8 @@ class ProgressCallback(SpeedCallback):
         self.line_seconds = line_seconds
         self._shown: int | None = None
         self._open = ExitStack()
-        self._train: _Bar | _Lines | None = None
-        self._eval: _Bar | _Lines | None = None
+        self._train: Bar | Lines | None = None
+        self._eval: Bar | Lines | None = None
 
     def on_train_start(self, state: State, unit: TrainEvalUnit) -> None:
         """Open the display at the step where the run is."""
@@ -106,66 +100,14 @@ class ProgressCallback(SpeedCallback):
         self._shown = unit.train_progress.num_steps_completed
         self._train.show(self._shown, note)
 
-    def _display(self, what: str, total: int | None, done: int) -> _Bar | _Lines:
-        if sys.stderr.isatty():
-            return _Bar(what, total, done)
-        return _Lines(what, total, done, self.line_seconds)
+    def _display(self, what: str, total: int | None, done: int) -> Bar | Lines:
+        return open_display(what, total, done, self.line_seconds, below=what != "training")
 
     def _close(self) -> None:
         for display in (self._eval, self._train):
             if display is not None:
                 display.close()
         self._eval = self._train = None
-
-
-class _Bar:
-    """A bar of tqdm on stderr; the one of the validation stands below that of the training."""
-
-    def __init__(self, what: str, total: int | None, done: int) -> None:
-        below = what != "training"
-        # smoothing 0: the remaining time follows from the mean over everything so far
-        self._bar = tqdm(
-            desc=what, total=total, initial=done, bar_format=_BAR, smoothing=0, **_width(),
-            position=int(below), leave=not below, file=sys.stderr,
-        )  # fmt: skip
-        self._shown = 0.0
-
-    def due(self) -> bool:
-        return time.monotonic() - self._shown >= BAR_SECONDS
-
-    def show(self, done: int, note: str) -> None:
-        self._shown = time.monotonic()
-        self._bar.n = done
-        self._bar.set_postfix_str(note)  # draws, too
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class _Lines:
-    """Lines on stdout, at least `seconds` and at least a fiftieth of the time so far apart."""
-
-    def __init__(self, what: str, total: int | None, done: int, seconds: float) -> None:
-        self._what, self._total, self._initial, self._seconds = what, total, done, seconds
-        self._start = self._shown = time.monotonic()
-
-    def due(self) -> bool:
-        now = time.monotonic()
-        return now - self._shown >= max(self._seconds, (now - self._start) / 50)
-
-    def show(self, done: int, note: str) -> None:
-        self._shown = time.monotonic()
-        passed = self._shown - self._start
-        text = f"{self._what}: {done}"
-        if self._total:
-            new = done - self._initial
-            left = passed * (self._total - done) / new if new else float("nan")
-            text += f"/{self._total} ({done / self._total:.0%})"
-            note = f"{_interval(left)} left, {note}" if new else note
-        print(f"{text}, {_interval(passed)} passed, {note}".rstrip(", "), flush=True)
-
-    def close(self) -> None:
-        """Nothing to close: lines stay."""
 
 
 def total_steps(state: State, unit: TrainEvalUnit) -> int | None:
@@ -180,16 +122,6 @@ def total_steps(state: State, unit: TrainEvalUnit) -> int | None:
     if train.max_epochs is not None:
         limits.append(train.max_epochs * steps_per_epoch(state, unit))
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _width() -> dict[str, Any]:
-    """Follow the width of the terminal; some report 0, in which tqdm would show nothing."""
-    known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    return {"dynamic_ncols": True} if known else {"ncols": 100}
-
-
-def _interval(seconds: float) -> str:
-    return tqdm.format_interval(round(seconds))
 
 
 def _readable(rate: float) -> str:
