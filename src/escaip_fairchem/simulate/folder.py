@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import ase.io
 
-from escaip_fairchem.data.journal import write_whole
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.train.lock import RunLock
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from ase.md.velocitydistribution import (
     ZeroRotation,
 )
 
-from escaip_fairchem.data.journal import write_whole
 from escaip_fairchem.display import open_display
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.simulate.folder import claimed
 from escaip_fairchem.simulate.integrators import make, restore, state_of
 from escaip_fairchem.simulate.md_files import Files, drift

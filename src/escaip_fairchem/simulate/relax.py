@@ -13,9 +13,9 @@ import ase.io
 import numpy as np
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from escaip_fairchem.data.journal import write_whole
 from escaip_fairchem.display import open_display
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.simulate.folder import claimed, write_frames, write_json
 from escaip_fairchem.simulate.relaxation import Relaxation, evaluator, relax_all
 from escaip_fairchem.simulate.structures import fingerprint
