@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     """Declare a subcommand for each table."""
-    for declare in (_equivariance, _scaling, _ablation, _parameters):
+    for declare in (_equivariance, _scaling, _ablation, _parameters, _tradeoff, _domains):
         declare(commands)
 
 
@@ -101,3 +101,50 @@ def _make_parameters(args: argparse.Namespace) -> None:
     from escaip_fairchem.tables import ablation
 
     ablation.count(args.config, args.sweep, args.overrides, within=args.within)
+
+
+def _tradeoff(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands, "tradeoff", _make_tradeoff,
+        "errors against speed and memory of inference", "tradeoff.csv",
+    )  # fmt: skip
+    command.add_argument(
+        "runs", nargs="+", metavar="RUN", help="checkpoint, run, or folder of a sweep"
+    )
+    command.add_argument("--data", required=True, help="labelled data set, or file that ASE reads")
+    command.add_argument("--number", type=int, default=100, metavar="N", help="structures (100)")
+    command.add_argument("--batch-size", type=int, default=8, metavar="N", help="that is timed (8)")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="turns (5)")
+    command.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (1)")
+    command.add_argument("--seed", type=int, default=0, help="of the structures (0)")
+    command.add_argument("--device", choices=["cpu", "cuda"], help="(cuda if there is one)")
+    command.add_argument("--task", help="data set of the checkpoints, if they know several")
+    command.add_argument(
+        "--published", action="store_true", help="add published errors on OC20 2M, val-ID"
+    )
+
+
+def _make_tradeoff(args: argparse.Namespace) -> None:
+    from escaip_fairchem.tables import tradeoff
+
+    tradeoff.run(
+        args.runs, args.data, args.out,
+        number=args.number, batch_size=args.batch_size, repeats=args.repeats,
+        threads=args.threads, seed=args.seed, device=args.device, task=args.task,
+        published=args.published,
+    )  # fmt: skip
+
+
+def _domains(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands, "domains", _make_domains,
+        "one table of predictions for several domains", "domains.csv",
+    )  # fmt: skip
+    command.add_argument("dir", type=Path, metavar="DIR", help="of configs/oc20/evaluate_domains")
+    command.add_argument("--all-atoms", action="store_true", help="forces on fixed ones too")
+
+
+def _make_domains(args: argparse.Namespace) -> None:
+    from escaip_fairchem.tables import domains
+
+    domains.run(args.dir, args.out, free_atoms_only=not args.all_atoms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,27 +65,24 @@ def predictor(
     Raises:
         UserError: No checkpoint there, or `task` is needed or unknown.
     """
-    import torch
-    from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+    unit, name = load_unit(checkpoint, task=task, device=device, double=double)
+    return predict_with(unit, name, double=double, max_atoms=max_atoms)
 
+
+def predict_with(unit: Any, task: str, *, double: bool = False, max_atoms: int = 2000) -> Predict:
+    """Predictions of a predict unit, see `predictor`."""
     from escaip_fairchem.data.loaders import pack
     from escaip_fairchem.predict.runner import predict_batch
 
-    unit, name = load_unit(checkpoint, task=task, device=device, double=double)
-    names = {each.property: each.name for each in unit.dataset_to_tasks[name]}
-    if "forces" not in names:
-        raise UserError(f"{checkpoint} predicts {', '.join(names)}; forces are needed here")
-    dtype = torch.float64 if double else torch.float32
+    names = {each.property: each.name for each in unit.dataset_to_tasks[task]}
+    if not {"energy", "forces"} <= names.keys():
+        raise UserError(f"a checkpoint predicts {', '.join(names)}; energy and forces are needed")
 
     def predict(structures: Sequence[Atoms]) -> tuple[np.ndarray, list[np.ndarray]]:
         energies, forces = [], []
         for chosen in pack(map(len, structures), max_atoms):
-            # copies have no labels; with them, a batch of some with and some without cannot be
-            items = [
-                AtomicData.from_ase(structures[i].copy(), task_name=name, target_dtype=dtype)
-                for i in chosen
-            ]
-            found = predict_batch(unit, atomicdata_list_to_batch(items))
+            batch = batch_of([structures[i] for i in chosen], task, double=double)
+            found = predict_batch(unit, batch)
             energies.append(found[names["energy"]].detach().cpu().double().numpy().reshape(-1))
             of_batch = found[names["forces"]].detach().cpu().double().numpy()
             ends = np.cumsum([len(structures[i]) for i in chosen])[:-1]
@@ -95,13 +92,24 @@ def predictor(
     return predict
 
 
+def batch_of(structures: Sequence[Atoms], task: str, *, double: bool = False) -> Any:
+    """A batch without labels: with them, one of some with and some without cannot be made."""
+    import torch
+    from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+
+    dtype = torch.float64 if double else torch.float32
+    return atomicdata_list_to_batch(
+        [AtomicData.from_ase(a.copy(), task_name=task, target_dtype=dtype) for a in structures]
+    )
+
+
 def load_unit(
     checkpoint: str | Path,
     *,
     task: str | None = None,
     device: str | None = None,
     double: bool = False,
-):
+) -> tuple[Any, str]:
     """Load a checkpoint of any model: its predict unit, and the data set that it predicts.
 
     Args:
