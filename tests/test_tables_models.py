@@ -14,6 +14,7 @@ from data_helpers import labelled_atoms
 from escaip_fairchem import calculator
 from escaip_fairchem.cli import main
 from escaip_fairchem.data.convert import convert
+from escaip_fairchem.errors import UserError
 from escaip_fairchem.predict.runner import PredictRunner
 from escaip_fairchem.tables import domains
 from escaip_fairchem.tables.domains import DomainsReducer, energies_of, held_out_error
@@ -128,6 +129,9 @@ def test_domains(work: Path, capsys):
     assert every[1]["force_mae"] == table[1]["force_mae"]
     assert Path("domains.png").read_bytes().startswith(b"\x89PNG")
     assert domains.WHAT in capsys.readouterr().out
+    nothing = PredictRunner("one", {"oc20": None, "mad": None})
+    with pytest.raises(UserError, match="no data"):
+        nothing.run()
 
 
 def compositions(n: int, seed: int = 0) -> np.ndarray:
