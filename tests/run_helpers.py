@@ -95,9 +95,11 @@ def task_config(prop: str, dataset: str) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(path: Path, *, conservative: bool, stress: bool, dataset: str) -> None:
+def save_checkpoint(
+    path: Path, *, conservative: bool, stress: bool, dataset: str, **changes: Any
+) -> None:
     """An inference checkpoint as fairchem's trainer writes it, of a random small model."""
-    backbone = {"model": "escaip_fairchem.EScAIPBackbone", "preset": "v2", **SMALL}
+    backbone = {"model": "escaip_fairchem.EScAIPBackbone", "preset": "v2", **SMALL, **changes}
     if conservative:
         backbone |= {"direct_forces": False, "regress_stress": stress, "smooth": True}
         heads = {"efs": {"module": "escaip_fairchem.ConservativeHead"}}

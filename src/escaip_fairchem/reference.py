@@ -39,7 +39,7 @@ MEANINGS = {
     "neighbor_search": "how candidate pairs are found; all give the same pairs",
     "max_num_elements": "size of the species table; atomic numbers must be below it",
     "species_dim": "channels of a species embedding",
-    "boo_lmax": "largest l of the bond-orientational order",
+    "boo_lmax": "largest l of the bond-orientational order; 0 is without it (Q_0 is 1 everywhere)",
     "boo_dim": "channels of its embedding",
     "boo_scale": "`component`: sqrt(2l+1) Q_l. `unit`: Q_l with a floor of 1e-3",
     "rbf_size": "Gaussians of the distance between 0 and the cutoff",

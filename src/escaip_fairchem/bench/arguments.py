@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from escaip_fairchem.tables import arguments as tables
+
 if TYPE_CHECKING:
     import argparse
 
@@ -34,6 +36,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         _add_common(command)
         if name in _OPTIONS:
             _OPTIONS[name](command)
+    tables.add_to(commands)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
