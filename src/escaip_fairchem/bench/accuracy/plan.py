@@ -109,7 +109,7 @@ def _recipe(options: Options) -> Iterator[tuple[Path, list[str]]]:
         )
     folder = Path(options.data)
     if converted_folder([folder]) is None:
-        if folder.is_dir():
+        if folder.is_dir() and len(folder.parts) > 1:  # not a name that is a folder's, too
             raise UserError(f"--data: {folder} has no train and val; `escaip convert` makes them")
         yield options.recipe, [f"dataset={options.data}"]
         return
