@@ -18,12 +18,13 @@ from ase.io import write
 from data_helpers import labelled_atoms
 from escaip_fairchem import UserError
 from escaip_fairchem.bench.accuracy import options as accuracy
-from escaip_fairchem.bench.accuracy import plan
+from escaip_fairchem.bench.accuracy import plan, run
 from escaip_fairchem.bench.accuracy.options import MODELS, Options
 from escaip_fairchem.bench.accuracy.results import Outcome, tables
 from escaip_fairchem.cli import main
 from escaip_fairchem.data.convert import SplitOptions, convert
 from escaip_fairchem.sweep import local
+from escaip_fairchem.sweep.store import load_sweep
 from escaip_fairchem.train.runner import instantiate
 
 RECIPE = Path(__file__).parents[1] / "configs/oc20/escaip_few_frames.yml"
@@ -174,8 +175,8 @@ def test_a_training_by_the_command(tmp_path, data, capsys):
     with (tmp_path / "out" / "curves.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["samples"]) for row in rows] == [20, 40]
-    run = tmp_path / "out" / "points" / "escaip-0"
-    summary = json.loads((run / "summary.json").read_text())
+    folder = tmp_path / "out" / "points" / "escaip-0"
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["metrics"]["val_forces_mae"]["last"] == float(rows[-1]["val_forces_mae"])
     with (tmp_path / "out" / "trainings.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
@@ -183,14 +184,14 @@ def test_a_training_by_the_command(tmp_path, data, capsys):
     assert int(row["parameters"]) == summary["parameters"]
     assert row["hardware"]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    with (run / "metrics.csv").open(newline="") as file:
+    with (folder / "metrics.csv").open(newline="") as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     # of the first group, AdamW's of the recipe; the schedule ended with the budget
     assert rates[-1] == pytest.approx(0.01 * 5e-4)
-    written = (run / "metrics.csv").stat().st_mtime_ns
+    written = (folder / "metrics.csv").stat().st_mtime_ns
     assert main(command) == 0
     assert "1 of 1 had finished" in capsys.readouterr().out
-    assert (run / "metrics.csv").stat().st_mtime_ns == written
+    assert (folder / "metrics.csv").stat().st_mtime_ns == written
 
 
 _PRETENDER = """
@@ -203,7 +204,7 @@ status = {"state": "failed" if failing else "finished", "step": 3, "reason": "it
 print("out of luck")
 if failing:
     sys.exit(1)
-error = {"escaip": 0.5, "esen": 0.25, "builtin": 0.75}[run.name[:-2]] + 0.1 * int(run.name[-1])
+error = 0.25 if run.name == "esen-0" else 0.5
 head = "step,used,seconds,samples,val_energy_mae,val_forces_mae,val_forces_cosine_similarity\\n"
 rows = [f"{i},{i / 4},{i * 3},{i * 10},{2 * error},{error},0.5\\n" for i in (1, 2, 3, 4)]
 (run / "curve.csv").write_text(head + "".join(rows))
@@ -214,45 +215,44 @@ summary = {"parameters": 12345, "metrics": metrics, "versions": versions, "epoch
 """
 
 
-def test_a_model_that_fails_stops_none_of_the_others(tmp_path, data, capsys, monkeypatch):
+def test_a_model_that_fails_stops_none_of_the_others(planned, capsys, monkeypatch):
     """Trainings by a program that pretends to be fairchem; the second call trains what is left."""
+    given, _ = planned
+    monkeypatch.setattr(run, "make_plan", lambda options: load_sweep(options.out))
 
     def pretend(failing: str) -> None:
         program = _PRETENDER.replace("FAILING", repr(failing))
         monkeypatch.setattr(local, "fairchem_command", lambda: [sys.executable, "-c", program])
 
-    out = tmp_path / "out"
-    command = argv(out, data, "--seeds", "2", "--jobs", "2", "--models", "escaip,esen")
-    pretend("escaip")
-    assert main(command) == 2
-    printed = capsys.readouterr()
-    assert "escaip-0, escaip-1 did not finish" in printed.err
-    assert "escaip-0: failed: it burst" in printed.out
-    assert "0.3 (0.25 to 0.35), 0.30 of baseline" in printed.out
-    assert "| eSEN of fairchem | 12,345 | 4 | 40 | 12 | 0.6 (0.5 to 0.7)" in printed.out
-    with (out / "trainings.csv").open(newline="") as file:
-        states = {(row["model"], row["seed"]): row["state"] for row in csv.DictReader(file)}
-    assert states["escaip", "1"] == "failed"
-    assert states["esen", "1"] == "finished"
-    pretend("none")
-    assert main(command) == 0
+    pretend("builtin")
+    with pytest.raises(UserError, match=r"^builtin-0 did not finish"):
+        run.run(given)
     printed = capsys.readouterr().out
-    assert "2 of 4 had finished" in printed
-    assert "escaip-1: finished" in printed
+    assert "| EScAIP built into fairchem | builtin-0: failed: it burst |" in printed
+    assert "0.25, 0.25 of baseline | 0.5 |" in printed
+    with (given.out / "trainings.csv").open(newline="") as file:
+        states = {row["model"]: row["state"] for row in csv.DictReader(file)}
+    finished = dict.fromkeys(MODELS, "finished")
+    assert states == finished | {"builtin": "failed"}
+    pretend("none")
+    run.run(given)
+    printed = capsys.readouterr().out
+    assert "3 of 4 had finished" in printed
+    assert "builtin-0: finished" in printed
     assert "esen-0: started" not in printed
-    assert "failed" not in (out / "tables.md").read_text()
+    assert "failed" not in (given.out / "tables.md").read_text()
 
 
 def test_models_are_compared_where_the_first_of_them_ends():
-    def outcome(model: str, end: int) -> Outcome:
+    def outcome(model: str, end: int, seed: int = 0) -> Outcome:
         curve = [
             {"step": i, "seconds": 10.0 * i, "samples": end * i / 4, "val_energy_mae": 5.0 - i,
-             "val_forces_mae": 1.0 / i, "val_forces_cosine_similarity": 0.1 * i}
+             "val_forces_mae": 1.0 / i + seed, "val_forces_cosine_similarity": 0.1 * i}
             for i in (1, 2, 3, 4)
         ]  # fmt: skip
         metrics = {name: {"baseline": 4.0} for name in ("val_energy_mae", "val_forces_mae")}
         summary = {"parameters": 7, "metrics": metrics}
-        return Outcome(f"{model}-0", model, 0, "finished", curve=curve, summary=summary)
+        return Outcome(f"{model}-{seed}", model, seed, "finished", curve=curve, summary=summary)
 
     fast, slow = outcome("escaip", 400), outcome("esen", 150)
     assert fast.at("samples", 150)["val_energy_mae"] == pytest.approx(3.5)
@@ -261,8 +261,10 @@ def test_models_are_compared_where_the_first_of_them_ends():
     text = tables([fast, slow])
     assert "At structures seen 150" in text
     assert "At training time" not in text  # which is the same for both
-    assert "3.5, 0.88 of baseline | 0.75, 0.19 of baseline" in text
+    line = "7 | 2 | 150 | 15 | 3.5, 0.88 of baseline | 0.75, 0.19 of baseline | 0.15 |"
+    assert f"| EScAIP, recipe as shipped | {line}" in text
     assert "not evaluated yet" in tables([fast, outcome("esen", 90)])
+    assert "| 0.75 (0.25 to 1.25), 0.19 of baseline |" in tables([fast, outcome("escaip", 400, 1)])
 
 
 @pytest.mark.full
@@ -271,15 +273,15 @@ def test_a_killed_training_goes_on(tmp_path, data):
     out = tmp_path / "out"
     more = ["--models", "escaip", "--set", "max_atoms=40", "--samples", "4000"]
     command = [shutil.which("escaip") or "escaip", *argv(out, data, *more)]
-    run = out / "points" / "escaip-0"
+    folder = out / "points" / "escaip-0"
     with subprocess.Popen(command) as process:
-        while not list(run.glob("checkpoints/step_[1-9]*")):
+        while not list(folder.glob("checkpoints/step_[1-9]*")):
             assert process.poll() is None
-        status = json.loads((run / "status.json").read_text())
+        status = json.loads((folder / "status.json").read_text())
         subprocess.run(["kill", "-9", str(status["pid"])], check=True)
         process.wait()
-    assert len(list(csv.DictReader((run / "curve.csv").open()))) == 1
+    assert len(list(csv.DictReader((folder / "curve.csv").open()))) == 1
     assert main(argv(out, data, *more)) == 0
-    rows = list(csv.DictReader((run / "curve.csv").open()))
+    rows = list(csv.DictReader((folder / "curve.csv").open()))
     assert [int(row["samples"]) for row in rows] == [2000, 4000]
-    assert json.loads((run / "status.json").read_text())["restarts"] == 1
+    assert json.loads((folder / "status.json").read_text())["restarts"] == 1

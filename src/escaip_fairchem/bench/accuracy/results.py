@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 #: Columns of the curves that have trivial models to compare with.
 ERRORS = {"val_energy_mae": "energy MAE, eV", "val_forces_mae": "force MAE, eV/A"}
 COSINE = "val_forces_cosine_similarity"
+SPENT = ("step", "samples", "seconds")
 #: What the curves are drawn against.
 AXES = {"seconds": "training time, s", "samples": "structures seen"}
 
@@ -66,7 +67,7 @@ class Outcome:
         return {name: metrics[name]["baseline"] for name in ERRORS if name in metrics}
 
     def at(self, axis: str, place: float) -> dict[str, float] | None:
-        """Errors where the training had used so much, between two evaluations.
+        """A row of the curve where the training had used so much, between two evaluations.
 
         Args:
             axis: Key of `AXES`.
@@ -77,7 +78,7 @@ class Outcome:
             return None
         return {
             name: float(np.interp(place, places, [row[name] for row in self.curve]))
-            for name in (*ERRORS, COSINE)
+            for name in (*SPENT, *ERRORS, COSINE)
         }
 
 
@@ -142,7 +143,7 @@ def _row(outcome: Outcome, where: dict[str, str]) -> dict[str, Any]:
         "reason": outcome.reason,
         "parameters": summary.get("parameters"),
         "epochs": summary.get("epochs"),
-        **{name: last.get(name) for name in ("step", "seconds", "samples", *ERRORS, COSINE)},
+        **{name: last.get(name) for name in (*SPENT, *ERRORS, COSINE)},
     }
     return row | {f"{name}_baseline": value for name, value in outcome.baselines.items()}
 
@@ -173,7 +174,7 @@ def tables(found: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _table(found: Sequence[Outcome], name: str, errors: Any) -> list[str]:
+def _table(found: Sequence[Outcome], name: str, row_of: Any) -> list[str]:
     lines = [
         f"{name}:",
         "",
@@ -192,24 +193,21 @@ def _table(found: Sequence[Outcome], name: str, errors: Any) -> list[str]:
             if outcome not in good
         ]
         if good:
-            lines.append(_line(good, [errors(outcome) for outcome in good]))
+            lines.append(_line(good, [row_of(outcome) for outcome in good]))
     baselines = next((outcome.baselines for outcome in found if outcome.baselines), {})
     trivial = " | ".join(f"{baselines.get(key, float('nan')):.4g}" for key in ERRORS)
     return [*lines, f"| element references, zero forces | | | | | {trivial} | |"]
 
 
-def _line(group: list[Outcome], errors: list[dict[str, float] | None]) -> str:
+def _line(group: list[Outcome], rows: list[dict[str, float] | None]) -> str:
     cells = [group[0].title, f"{group[0].summary['parameters']:,}"]
-    cells += [
-        f"{mean(o.curve[-1][key] for o in group):,.0f}" for key in ("step", "samples", "seconds")
-    ]
-    known = [error for error in errors if error is not None]
+    known = [row for row in rows if row is not None]
+    if not known:
+        return f"| {' | '.join([*cells, 'not evaluated yet'])} {'| ' * 5}|"
+    cells += [f"{mean(row[key] for row in known):,.0f}" for key in SPENT]
     for key in (*ERRORS, COSINE):
-        values = [error[key] for error in known]
+        values = [row[key] for row in known]
         baseline = group[0].baselines.get(key)
-        if not values:
-            cells.append("not evaluated yet")
-            continue
         text = f"{mean(values):.4g}"
         if len(values) > 1:
             text += f" ({min(values):.4g} to {max(values):.4g})"
