@@ -26,7 +26,7 @@ class SpeedCallback(Callback):
     Put it behind the callback that saves checkpoints, which does so when a step starts.
 
     Args:
-        clock: Gives seconds.
+        clock: Gives seconds; by default those of the wall.
 
     Attributes:
         seconds: Time in training steps, loading of batches included, of this process. The first
@@ -36,8 +36,8 @@ class SpeedCallback(Callback):
         atoms: Atoms in these steps on this rank.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock or time.monotonic
         self.seconds, self.steps, self.atoms = 0.0, 0, 0
         self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._first = True
