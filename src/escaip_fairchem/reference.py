@@ -93,6 +93,7 @@ RECIPE_KEYS = {
     "num_workers": "processes that load data, per GPU",
     "evaluate_every_n_steps": "validation between those at the end of each epoch",
     "checkpoint_every_n_steps": "steps between checkpoints to go on from",
+    "budget": "of `+budget=one`: `seconds` or `samples`, `clock`, `evaluations`, `warmup`",
     "max_saved_checkpoints": "how many of them are kept, besides `final`",
     "stop_at_step": "pause there; null or a larger number goes on",
     "on_nan": "what a loss or gradient that is not finite does: stop, or skip the step",

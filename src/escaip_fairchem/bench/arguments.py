@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from escaip_fairchem.bench.accuracy.options import DOMAINS, MODELS, RECIPE
 from escaip_fairchem.tables import arguments as tables
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _HELP = {
     "graph": "the neighbour graph against the number of atoms",
     "md": "steps of molecular dynamics in ASE",
     "peers": "other models on the same structures, all with random weights",
+    "accuracy": "errors of models trained on the same frames with the same budget",
     "gpu": "on a GPU: forward, train and memory in every precision, and dynamics",
 }
 
@@ -33,7 +35,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
     for name, text in _HELP.items():
         command = commands.add_parser(name, help=text, description=f"Measure {text}.")
-        _add_common(command)
+        if name != "accuracy":
+            _add_common(command)
         if name in _OPTIONS:
             _OPTIONS[name](command)
     tables.add_to(commands)
@@ -124,7 +127,39 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--python", type=Path, metavar="PATH", help="of another environment")
 
 
+def _add_accuracy(parser: argparse.ArgumentParser) -> None:
+    limit = parser.add_mutually_exclusive_group(required=True)
+    limit.add_argument("--minutes", type=float, metavar="M", help="of each training")
+    limit.add_argument("--samples", type=int, metavar="N", help="structures that each sees")
+    parser.add_argument(
+        "--clock", choices=["cpu", "wall"], help="of --minutes, training steps only (cpu)"
+    )
+    parser.add_argument("--seeds", type=int, metavar="S", help="trainings of each model (1)")
+    parser.add_argument(
+        "--data", metavar="NAME", help="data set of `escaip convert`, or its folder (sample)"
+    )
+    parser.add_argument("--domain", choices=list(DOMAINS), help="periodicity and batches (oc20)")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), metavar="M,M", help=f"({','.join(MODELS)})"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="runs, tables and curves"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of each (1)")
+    parser.add_argument("--evaluations", type=int, metavar="N", help="points of a curve (10)")
+    parser.add_argument("--recipe", type=Path, help=f"data, losses, EScAIP's settings ({RECIPE})")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[MODEL:]KEY=VALUE",
+        help="as for fairchem, for all trainings or those of a model; may be repeated",
+    )
+
+
 _OPTIONS = {
+    "accuracy": _add_accuracy,
     "forward": _add_comparison,
     "train": _add_comparison,
     "memory": _add_comparison,

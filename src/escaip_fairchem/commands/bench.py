@@ -1,4 +1,4 @@
-"""Measure speed and memory against fairchem's built-in EScAIP and other models."""
+"""Measure speed, memory and accuracy against fairchem's built-in EScAIP and other models."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def run(args: argparse.Namespace) -> None:
     if "make" in args:  # one of the paper's tables
         args.make(args)
         return
+    if args.what == "accuracy":
+        _accuracy(args)
+        return
     import torch
 
     from escaip_fairchem.bench.report import Report
@@ -44,6 +47,15 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(before)
     if args.out is not None:
         print(f"appended {len(report.rows)} rows to {args.out}")
+
+
+def _accuracy(args: argparse.Namespace) -> None:
+    from escaip_fairchem.bench.accuracy.options import Options
+
+    options = Options.from_args(args)
+    from escaip_fairchem.bench.accuracy.run import run
+
+    run(options)
 
 
 def _compare(args: argparse.Namespace, settings: Settings, report: Report) -> None:

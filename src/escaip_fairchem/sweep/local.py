@@ -71,17 +71,27 @@ def _run_all(sweep: Sweep, names: Sequence[str], rung: int) -> None:
         raise SystemExit(130) from None
 
 
-def _start(sweep: Sweep, name: str, rung: int) -> subprocess.Popen:
+def fairchem_command() -> list[str]:
+    """The program `fairchem` of this environment.
+
+    Raises:
+        UserError: There is none.
+    """
     beside = Path(sys.executable).with_name("fairchem")
     program = str(beside) if beside.exists() else shutil.which("fairchem")
     if program is None:
         raise UserError("there is no command `fairchem`; install fairchem-core")
+    return [program]
+
+
+def _start(sweep: Sweep, name: str, rung: int) -> subprocess.Popen:
+    command = [*fairchem_command(), "-c", str(sweep.config(name)), *stop_overrides(sweep, rung)]
     run = sweep.run(name)
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCAL_LOG).open("a") as log:
         # a session of its own: Ctrl-C in the terminal is for the sweep, which passes it on
         return subprocess.Popen(
-            [program, "-c", str(sweep.config(name)), *stop_overrides(sweep, rung)],
+            command,
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

@@ -89,8 +89,8 @@ def make_plan(recipe: Path, sweep_file: Path, folder: Path, overrides: Sequence[
             ]
             try:
                 config = compose([*point.overrides, *own])
-                _check(config, spec.halving)
-                _compare(sweep, point.name, config)
+                check(config, spec.halving)
+                refuse_if_changed(sweep, point.name, config)
             except UserError as error:
                 mistakes[str(error)].append(point.name)
             else:
@@ -114,8 +114,16 @@ def _listed(mistakes: dict[str, list[str]], n_points: int) -> str:
     )
 
 
-def _check(config: dict[str, Any], halving: Halving | None) -> None:
-    """What can be told without building anything: model keys, paths of data, rungs."""
+def check(config: dict[str, Any], halving: Halving | None) -> None:
+    """What can be told without building anything: model keys, paths of data, rungs.
+
+    Args:
+        config: The resolved configuration of a point.
+        halving: Of the sweep, or None.
+
+    Raises:
+        UserError: Something is wrong.
+    """
     runner = config.get("runner", {})
     unit = runner.get("train_eval_unit") or {}
     backbone = (unit.get("model") or {}).get("backbone")
@@ -147,17 +155,29 @@ def _check_backbone(text: str) -> None:
     EScAIPConfig.from_kwargs(**{k: v for k, v in json.loads(text).items() if k != "model"})
 
 
-def _compare(sweep: Sweep, name: str, config: dict[str, Any]) -> None:
-    """Refuse to continue a run with another configuration."""
+def refuse_if_changed(
+    sweep: Sweep,
+    name: str,
+    config: dict[str, Any],
+    remedy: str = "give another --dir, or vary this key in the sweep file",
+) -> None:
+    """Refuse to continue a run with another configuration.
+
+    Args:
+        sweep: Its folder may hold the configuration of the run.
+        name: Of the run.
+        config: The resolved configuration.
+        remedy: What the message says to do.
+
+    Raises:
+        UserError: They differ.
+    """
     path = sweep.config(name)
     if not path.exists():
         return
     text = difference(read_config(path), yaml.safe_load(to_yaml(config)))
     if text:
-        raise UserError(
-            f"differs from what {sweep.folder} holds under this name: {text}; give another --dir, "
-            "or vary this key in the sweep file"
-        )
+        raise UserError(f"differs from what {sweep.folder} holds under this name: {text}; {remedy}")
 
 
 def read_config(path: Path) -> dict[str, Any]:

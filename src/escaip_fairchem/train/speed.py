@@ -11,6 +11,8 @@ from fairchem.core.common import distutils
 from torchtnt.framework.callback import Callback
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torchtnt.framework import State
 
     from escaip_fairchem.train.unit import TrainEvalUnit
@@ -23,6 +25,9 @@ class SpeedCallback(Callback):
 
     Put it behind the callback that saves checkpoints, which does so when a step starts.
 
+    Args:
+        clock: Gives seconds; by default those of the wall.
+
     Attributes:
         seconds: Time in training steps, loading of batches included, of this process. The first
             step of a process compiles and searches for kernels; it is counted only while it is
@@ -31,7 +36,8 @@ class SpeedCallback(Callback):
         atoms: Atoms in these steps on this rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock or time.monotonic
         self.seconds, self.steps, self.atoms = 0.0, 0, 0
         self._recent: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._first = True
@@ -46,23 +52,23 @@ class SpeedCallback(Callback):
         while hasattr(model, "module"):  # wrappers of DDP and FSDP, which fairchem calls past hooks
             model = model.module
         self._hook = model.register_forward_pre_hook(self._count)
-        self._mark = time.monotonic()
+        self._mark = self._clock()
 
     def on_train_epoch_start(self, state: State, unit: TrainEvalUnit) -> None:
         """Start the clock of the next batch."""
-        self._mark = time.monotonic()
+        self._mark = self._clock()
 
     def on_train_get_next_batch_end(self, state: State, unit: TrainEvalUnit) -> None:
         """Waiting for data is part of training."""
-        self._loading = time.monotonic() - self._mark
+        self._loading = self._clock() - self._mark
 
     def on_train_step_start(self, state: State, unit: TrainEvalUnit) -> None:
         """Start the clock of the step."""
-        self._mark = time.monotonic()
+        self._mark = self._clock()
 
     def on_train_step_end(self, state: State, unit: TrainEvalUnit) -> None:
         """Add the step."""
-        now = time.monotonic()
+        now = self._clock()
         if self._first and self.steps == 1:
             self.seconds, self.steps, self.atoms = 0.0, 0, 0
             self._recent.clear()
@@ -77,7 +83,7 @@ class SpeedCallback(Callback):
 
     def on_eval_end(self, state: State, unit: TrainEvalUnit) -> None:
         """Leave validation out."""
-        self._mark = time.monotonic()
+        self._mark = self._clock()
 
     def on_train_end(self, state: State, unit: TrainEvalUnit) -> None:
         """Stop counting."""

@@ -64,6 +64,11 @@ class StoppingCallback(Callback):
         if self.stop_at_step is not None and step >= self.stop_at_step:
             raise Stop("paused")
 
+    def on_train_step_end(self, state: State, unit: TrainEvalUnit) -> None:
+        """Evaluate if another callback asks for it."""
+        if any(getattr(callback, "wants_evaluation", False) for callback in self._callbacks):
+            self._evaluate(state, unit)
+
     def on_eval_start(self, state: State, unit: TrainEvalUnit) -> None:
         """Note that an evaluation is not done yet."""
         self.evaluation_due = True

@@ -1,0 +1,1 @@
+"""``escaip bench accuracy``: models trained on the same frames with the same budget."""
