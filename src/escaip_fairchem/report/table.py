@@ -92,7 +92,7 @@ def without_empty_columns(table: Table) -> Table:
 
 def breakable(text: str) -> Markup:
     """Text of paths, keys and names, which may go on in the next line behind their parts."""
-    return Markup(re.sub(r"([./_+=,-])(?=\w)", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r"([._+=,-]|(?<!eV)/)(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def short(value: float) -> str:
