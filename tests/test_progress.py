@@ -44,6 +44,7 @@ class Unit:
         self.eval_unit = SimpleNamespace(last_metrics={})
         self.scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
         self.last_loss: Any = None
+        self.last_samples = 4
 
 
 def state(**limits: int | None) -> Any:
@@ -193,6 +194,7 @@ def test_columns_that_come_late(tmp_path: Any) -> None:
     first, second = read_metrics(tmp_path / "metrics.csv")
     assert first["train_loss"] == 2.0
     assert "val_loss" not in first
+    assert (first["samples"], second["samples"]) == (4, 4)
     assert (second["val_loss"], second["val_efwt"]) == (3.0, 0.5)
     assert "train_loss" not in second
 

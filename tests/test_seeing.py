@@ -19,13 +19,13 @@ from ase.constraints import FixAtoms
 from data_helpers import stored
 from escaip_fairchem import calculator
 from escaip_fairchem.cli import main
-from escaip_fairchem.describe import describe
+from escaip_fairchem.describe import describe, rises
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.by_element import by_element
 from escaip_fairchem.train.callbacks import read_metrics
+from escaip_fairchem.train.metrics import unit_of
 from escaip_fairchem.train.parity import Parity
 from escaip_fairchem.train.plot import draw_by_element, draw_parity, plot_run
-from escaip_fairchem.train.summary import rises, unit_of
 from helpers import SMALL
 from run_helpers import MEAN, REFERENCES, STEPS, make_run, save_checkpoint
 

@@ -419,6 +419,7 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: pytest.M
     final = tmp_path / "run" / "checkpoints" / "final"
     undisturbed = torch.load(final / "inference_ckpt.pt", weights_only=False)
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert rows[-1]["samples"] == sum(map(len, seen))
     shutil.rmtree(final)
     run(config)
     assert sizes[6:] == [1, 3, 3], "from step 3 on"
@@ -427,5 +428,6 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path: Path, monkeypatch: pytest.M
     for name, tensor in undisturbed.ema_state_dict.items():
         assert torch.equal(tensor, resumed.ema_state_dict[name]), name
     again = read_metrics(tmp_path / "run" / "metrics.csv")
-    assert [row["lr"] for row in again] == [row["lr"] for row in rows]
+    for name in ("lr", "samples"):
+        assert [row[name] for row in again] == [row[name] for row in rows]
     assert again[-1]["val_efwt"] == rows[-1]["val_efwt"]

@@ -36,7 +36,7 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path, *, device: str = "cpu
         device: What was measured on: ``cpu`` or ``cuda``.
     """
     from escaip_fairchem.bench.report import environment
-    from escaip_fairchem.sweep.store import write_atomically
+    from escaip_fairchem.files import write_whole
 
     made = environment(device)
     columns = list(dict.fromkeys([*made, *(name for row in rows for name in row)]))
@@ -44,7 +44,7 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path, *, device: str = "cpu
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: rounded(value) for name, value in (made | r).items()} for r in rows)
-    write_atomically(path, text.getvalue())
+    write_whole(path, text.getvalue())
 
 
 def rounded(value: Any) -> Any:

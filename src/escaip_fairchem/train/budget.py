@@ -14,7 +14,7 @@ from fairchem.core.common import distutils
 from torch.optim.lr_scheduler import LambdaLR
 
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.sweep.store import write_atomically
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.train.callbacks import column_names
 from escaip_fairchem.train.speed import SpeedCallback
 
@@ -196,7 +196,7 @@ class BudgetCallback(SpeedCallback):
         writer = csv.DictWriter(text, list(dict.fromkeys(n for row in self._rows for n in row)))
         writer.writeheader()
         writer.writerows(self._rows)
-        write_atomically(self._checkpoints.parent / CURVE_NAME, text.getvalue())
+        write_whole(self._checkpoints.parent / CURVE_NAME, text.getvalue())
 
     def on_eval_end(self, state: State, unit: TrainEvalUnit) -> None:
         """End the training, or let it go on."""

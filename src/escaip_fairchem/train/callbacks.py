@@ -14,7 +14,7 @@ from fairchem.core.common import distutils
 from torchtnt.framework.callback import Callback
 
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.train.checkpoints import sync
+from escaip_fairchem.train.checkpoints import gathered, sync
 from escaip_fairchem.train.metrics import FILE_NAME, read_metrics
 
 if TYPE_CHECKING:
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
     from escaip_fairchem.train.unit import TrainEvalUnit
 
-_COLUMNS = ["step", "epoch", "lr", "wall_time_s", "train_loss"]
+_COLUMNS = ["step", "epoch", "lr", "wall_time_s", "train_loss", "samples"]
 
 
 class MetricsCallback(Callback):
     """Writes metrics.csv into the folder of the run, and the same numbers for TensorBoard.
 
     A row is written every `every_n_steps` steps (mean training loss on the first rank since the
-    row before) and after every evaluation. A run that is resumed continues its file, with the rows
-    and losses that it had when the checkpoint was written.
+    row before, structures seen by all ranks so far) and after every evaluation. A run that is
+    resumed continues its file, with the rows and losses that it had when the checkpoint was
+    written.
 
     Args:
         every_n_steps: Steps between rows with the training loss.
@@ -51,6 +52,8 @@ class MetricsCallback(Callback):
         self._losses: list[Any] = []
         self._unwritten: list[dict[str, Any]] = []
         self._rows = 0
+        self._samples: int | None = 0  # of all ranks, up to the last row; None if not known
+        self._new_samples = 0  # of this rank, since
         self._resumed: dict[str, Any] | None = None
         self._start = 0.0
 
@@ -68,6 +71,8 @@ class MetricsCallback(Callback):
         rows = [row for row in read_metrics(self.path) if row["step"] <= done]
         if self._resumed is not None:
             rows, self._losses = rows[: self._resumed["rows"]], list(self._resumed["losses"])
+            # a checkpoint of an earlier version has not counted them
+            self._samples, self._new_samples = self._resumed.get("samples", (None, 0))
         self._rows = len(rows)
         self._start = time.monotonic() - (rows[-1]["wall_time_s"] if rows else 0.0)
         self._columns = list(dict.fromkeys([*_COLUMNS, *(name for row in rows for name in row)]))
@@ -85,7 +90,11 @@ class MetricsCallback(Callback):
         self._flush()
         if distutils.is_master() and self.path.exists():
             sync(self.path)
-        return {"rows": self._rows, "losses": [float(loss) for loss in self._losses]}
+        return {
+            "rows": self._rows,
+            "losses": [float(loss) for loss in self._losses],
+            "samples": (self._samples, self._new_samples),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -99,6 +108,7 @@ class MetricsCallback(Callback):
         """Collect the loss; write the mean of the last steps."""
         # Kept as it is: reading a tensor on a GPU would stop the GPU at every step.
         self._losses.append(unit.last_loss)
+        self._new_samples += unit.last_samples
         if unit.train_progress.num_steps_completed % self.every_n_steps == 0:
             self._add_row(unit, {})
 
@@ -121,12 +131,16 @@ class MetricsCallback(Callback):
         losses = [value for value in map(float, self._losses) if math.isfinite(value)]
         self._losses = []
         self._rows += 1
+        seen, self._new_samples = sum(gathered(self._new_samples)), 0
+        if self._samples is not None:
+            self._samples += seen
         row = {
             "step": unit.train_progress.num_steps_completed,
             "epoch": unit.train_progress.num_epochs_completed,
             "lr": unit.scheduler.get_last_lr()[0],
             "wall_time_s": round(time.monotonic() - self._start, 2),
             **({"train_loss": sum(losses) / len(losses)} if losses else {}),
+            **({} if self._samples is None else {"samples": self._samples}),
             **metrics,
         }
         if not distutils.is_master():
@@ -134,7 +148,7 @@ class MetricsCallback(Callback):
         self._unwritten.append(row)
         self._flush()
         if self._board is not None:
-            for name in row.keys() - {"step", "wall_time_s"}:
+            for name in row.keys() - {"step", "wall_time_s", "samples"}:
                 self._board.add_scalar(name.replace("_", "/", 1), row[name], row["step"])
 
     def _flush(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
 from importlib import metadata
@@ -14,10 +13,9 @@ import torch
 from fairchem.core.common import distutils
 
 import escaip_fairchem
-from escaip_fairchem.describe import UNITS, rises
 from escaip_fairchem.train.baselines import baseline_metrics, evenly_spaced
 from escaip_fairchem.train.callbacks import column_names
-from escaip_fairchem.train.metrics import FILE_NAME, read_metrics
+from escaip_fairchem.train.metrics import FILE_NAME, last_and_best, read_metrics
 from escaip_fairchem.train.speed import SpeedCallback, steps_per_epoch
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ class SummaryCallback(SpeedCallback):
             "steps_per_s": round(self.steps * rate, 4),
             "atoms_per_s": round(atoms * rate, 1),
             "parameters": unit.num_params,
-            "metrics": _metrics(rows, self._baselines(state, unit)),
+            "metrics": last_and_best(rows, self._baselines(state, unit)),
             "ranks": distutils.get_world_size(),
             **_machine(device),
             **versions(),
@@ -86,33 +84,6 @@ class SummaryCallback(SpeedCallback):
         chosen = evenly_spaced(dataset, BASELINE_STRUCTURES)
         structures = (dataset[index] for index in chosen)
         return column_names(baseline_metrics(structures, unit.tasks))
-
-
-def _metrics(
-    rows: list[dict[str, Any]], baselines: dict[str, float]
-) -> dict[str, dict[str, float | str]]:
-    """Last and best value of each metric of the validation, with its unit and its baseline."""
-    found: dict[str, dict[str, float | str]] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        if name in ("step", "epoch", "lr", "wall_time_s"):
-            continue
-        history = [(row[name], row["step"]) for row in rows if name in row]
-        finite = [entry for entry in history if math.isfinite(entry[0])] or [(None, None)]
-        best, step = (max if rises(name) else min)(finite, key=lambda entry: entry[0])
-        last = history[-1][0] if math.isfinite(history[-1][0]) else None  # JSON has no NaN
-        found[name] = {"last": last, "best": best, "best_step": step, "unit": unit_of(name)}
-        if name in baselines:
-            found[name]["baseline"] = baselines[name]
-    return found
-
-
-def unit_of(metric: str) -> str:
-    """Unit of a metric by its column name; empty for losses, cosines and fractions."""
-    if rises(metric) or metric.endswith("loss"):
-        return ""
-    name = next((text for key, text in UNITS.items() if f"_{key}_" in f"_{metric}_"), "")
-    squared = "^2" if metric.endswith("_mse") else ""
-    return f"{name}/atom{squared}" if "per_atom" in metric else f"{name}{squared}"
 
 
 def versions() -> dict[str, str]:

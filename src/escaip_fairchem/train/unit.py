@@ -67,6 +67,8 @@ class TrainEvalUnit(SavedUnit):
 
     #: Of the run; without, nothing stops it.
     signals: Signals | None = None
+    #: Structures of the last step, on this rank.
+    last_samples: int = 0
 
     def __init__(
         self,
@@ -150,6 +152,7 @@ class TrainEvalUnit(SavedUnit):
             data: The batches of this rank.
         """
         self._finite.look()
+        self.last_samples = sum(len(batch.natoms) for batch in data)
         try:
             self.last_loss = self._backward(data)
             moved = self._move(data)

@@ -15,12 +15,13 @@ from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.data.groups import converted_folder
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.graph import build_graph
 from escaip_fairchem.neighbors import Structures
 from escaip_fairchem.sweep.compose import composer, to_yaml
 from escaip_fairchem.sweep.plan import check, refuse_if_changed
 from escaip_fairchem.sweep.points import override_value
-from escaip_fairchem.sweep.store import STATE_NAME, Sweep, load_sweep, write_atomically
+from escaip_fairchem.sweep.store import STATE_NAME, Sweep, load_sweep
 from escaip_fairchem.train.runner import instantiate
 from escaip_fairchem.train.summary import versions
 
@@ -91,7 +92,7 @@ def make_plan(options: Options) -> Sweep:
                 raise UserError(f"{training.name}: {error}") from error
             configs[training.name] = config
     for training in trainings(options):
-        write_atomically(sweep.config(training.name), to_yaml(configs[training.name]))
+        write_whole(sweep.config(training.name), to_yaml(configs[training.name]))
         sweep.points[training.name] = {"model": training.model, "seed": training.seed}
     sweep.parallel = options.jobs
     sweep.versions = versions()["versions"]

@@ -13,8 +13,8 @@ import numpy as np
 
 from escaip_fairchem.bench.accuracy.options import MODELS
 from escaip_fairchem.bench.report import environment
+from escaip_fairchem.files import write_whole
 from escaip_fairchem.sweep.states import look
-from escaip_fairchem.sweep.store import write_atomically
 from escaip_fairchem.train.budget import CURVE_NAME
 from escaip_fairchem.train.metrics import read_metrics
 from escaip_fairchem.train.summary import SUMMARY_NAME
@@ -122,7 +122,7 @@ def write_tables(found: Sequence[Outcome], folder: Path) -> list[Path]:
         "tables.md": tables(found) + "\n",
     }
     for name, text in files.items():
-        write_atomically(folder / name, text)
+        write_whole(folder / name, text)
     return [folder / name for name in files]
 
 
