@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +37,6 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path, *, device: str = "cpu
         device: What was measured on: ``cpu`` or ``cuda``.
     """
     from escaip_fairchem.bench.report import environment
-    from escaip_fairchem.files import write_whole
 
     made = environment(device)
     columns = list(dict.fromkeys([*made, *(name for row in rows for name in row)]))
