@@ -33,8 +33,14 @@ OC22 = RECIPES / "oc22/escaip_s2ef_total.yml"
 MPTRJ = RECIPES / "mptrj/escaip_direct.yml"
 SPICE, MOLECULE = RECIPES / "spice/escaip_direct.yml", RECIPES / "spice/escaip_molecule.yml"
 EVERY = sorted(RECIPES.glob("*/escaip_*.yml"))
+CONSERVATIVE = RECIPES / "spice/escaip_conservative.yml"
+#: Recipes that begin with a training by another.
+STARTED = {
+    RECIPES / "mptrj/escaip_conservative_finetune.yml": MPTRJ,
+    RECIPES / "oc20/escaip_conservative_finetune.yml": V2,
+}
 # With backbone=tiny the three sizes of OC20 All are one, see test_sizes_of_all_md_differ_in_size.
-TRAINED = [recipe for recipe in EVERY if recipe not in (ALL["medium"], ALL["large"])]
+TRAINED = [r for r in EVERY if r not in (ALL["medium"], ALL["large"], *STARTED)] + [*STARTED]
 
 
 def name_of(recipe: Path) -> str:
@@ -167,6 +173,36 @@ PUBLISHED[MOLECULE] = {
 }
 
 
+_DIFFERENTIATED = {
+    **PUBLISHED[V2],
+    "backbone.direct_forces": False,
+    "cosine_lr_scheduler_fn.warmup_epochs": 2,
+    "max_atoms": 250,
+    "energy.coefficient": 10,
+}
+PUBLISHED[RECIPES / "mptrj/escaip_conservative_finetune.yml"] = {
+    **_DIFFERENTIATED,
+    "backbone.regress_stress": True,
+    "cosine_lr_scheduler_fn.epochs": 50,
+    "energy.rmsd": 0.8001058101654053,
+    "forces.coefficient": 10,
+    "forces.rmsd": 0.8001058101654053,
+    "stress.loss": "MAELoss",
+    "stress.coefficient": 100,
+    "stress.rmsd": 0.8001058101654053,
+}
+PUBLISHED[CONSERVATIVE] = {
+    **_DIFFERENTIATED,
+    "backbone.use_pbc": False,
+    "cosine_lr_scheduler_fn.epochs": 300,
+    "clip_grad_norm": 0.1,
+    "energy.mean": 0.1271905523885108,
+    "energy.rmsd": 1.0757999822144813,
+    "forces.coefficient": 20,
+    "forces.rmsd": 1.0757999822144813,
+}
+
+
 @pytest.fixture(autouse=True)
 def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ESCAIP_DATA", str(tmp_path / "data"))
@@ -227,10 +263,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for domain in DOMAINS:
         make_sample(domain, root / domain / "sample", n_frames=24)
     (root / "configs").mkdir()
-    jobs = [
-        (str(recipe), [*COMMAND, f"job.run_dir={root}/runs", f"job.timestamp_id={name_of(recipe)}"])
-        for recipe in TRAINED
-    ]
+    jobs = []
+    for recipe in TRAINED:
+        own = [f"job.run_dir={root}/runs", f"job.timestamp_id={name_of(recipe)}"]
+        if recipe in STARTED:
+            own.append(f"start={root}/runs/{name_of(STARTED[recipe])}")
+        jobs.append((str(recipe), [*COMMAND, *own]))
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, json.dumps(jobs)],
         capture_output=True,
@@ -260,16 +298,19 @@ def test_parts_on_the_sample_of_its_domain(recipe: Path, runs: Path) -> None:
     assert runner.eval_dataloader.dataset.src == f"{domain}/sample/val"
     assert len({domain, *(name for task in unit.tasks for name in task.datasets)}) == 1
     model = unit.model
-    assert model._target_ == "escaip_fairchem.EScAIP"
+    starts = "escaip_fairchem.train.finetune.model.build_model"
+    assert model._target_ == (starts if recipe in STARTED else "escaip_fairchem.EScAIP")
     assert model.backbone.model == "escaip_fairchem.EScAIPBackbone"
-    heads = {"energy": "EnergyHead", "forces": "DirectForceHead"}
-    if domain == "mptrj":
-        heads["stress"] = "DirectStressHead"
+    tasks = ["energy", "forces", *(["stress"] if domain == "mptrj" else [])]
+    direct = ("EnergyHead", "DirectForceHead", "DirectStressHead")
+    heads = dict(zip(tasks, direct, strict=False))
+    if "conservative" in recipe.stem:
+        heads = {"efs": "ConservativeHead"}
     # The names that checkpoints store
     assert {name: head.module for name, head in model.heads.items()} == {
         name: f"escaip_fairchem.{head}" for name, head in heads.items()
     }
-    assert [task.name for task in unit.tasks] == list(heads)
+    assert [task.name for task in unit.tasks] == tasks
     loads_stress = [
         loader.dataset.get("stress", False)
         for loader in (runner.train_dataloader, runner.eval_dataloader)

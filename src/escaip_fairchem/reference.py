@@ -96,6 +96,7 @@ RECIPE_KEYS = {
     "budget": "of `+budget=one`: `seconds` or `samples`, `clock`, `evaluations`, `warmup`",
     "max_saved_checkpoints": "how many of them are kept, besides `final`",
     "stop_at_step": "pause there; null or a larger number goes on",
+    "rotate": "turn each training structure at random, anew at each step",
     "on_nan": "what a loss or gradient that is not finite does: stop, or skip the step",
     "progress": "a bar in a terminal, lines in a log file; false shows neither",
     "tensorboard": "event files for TensorBoard, as `logger=tensorboard`",
@@ -107,7 +108,7 @@ RECIPE_KEYS = {
     "optimizer": "the optimizer, built by Hydra",
     "train_dataloader": "fairchem's data loader for training",
     "eval_dataloader": "that for validation",
-    "start": "of `escaip finetune`: the checkpoint whose weights a run begins with",
+    "start": "of `initial=checkpoint` and `escaip finetune`: whose weights a run begins with",
     "freeze": "parts of the model that stay as they are",
     "layer_decay": "factor of the learning rate from a layer to the one before it",
     "lora_rank": "rank of low-rank updates; 0 trains the weights themselves",
@@ -155,7 +156,7 @@ def markdown() -> str:
 def recipe_keys() -> set[str]:
     """Keys that a recipe or the command line sets for the groups."""
     root = files("escaip_fairchem") / "configs"
-    wiring = (root / "training" / "direct.yaml").read_text()
+    wiring = (root / "training" / "wiring.yaml").read_text()
     used = {key for text in _texts(root) for key in re.findall(r"\$\{(\w+)[.}]", text)}
     return {*used, *re.findall(r"^(\w+):", wiring, flags=re.M)} - {"runner", "defaults"}
 

@@ -17,6 +17,7 @@ from fairchem.core.units.mlip_unit.utils import tf32_context_manager
 from torch.nn.parallel import DistributedDataParallel
 
 from escaip_fairchem.data.energies import use_exact_energy
+from escaip_fairchem.data.rotation import rotate_all
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.averaging import warmed_up_average
 from escaip_fairchem.train.counting import loss_counts, loss_weights, summed
@@ -24,6 +25,7 @@ from escaip_fairchem.train.evaluation import EvalUnit, device_type, reduced_prec
 from escaip_fairchem.train.later import Later
 from escaip_fairchem.train.nonfinite import FiniteCheck
 from escaip_fairchem.train.saving import SavedUnit
+from escaip_fairchem.train.scales import require_one_scale
 from escaip_fairchem.train.sharding import sharded
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class TrainEvalUnit(SavedUnit):
             stay in float32.
         fp16: The same in float16, with loss scaling, for GPUs without bfloat16.
         shard_optimizer: Share the states of the optimizer out among the ranks.
+        rotate: Turn each training structure at random, anew at each step.
         on_nan: ``stop`` or ``skip``, where a loss or gradient is not finite; see `FiniteCheck`.
         kwargs: As for fairchem's unit.
 
@@ -78,6 +81,7 @@ class TrainEvalUnit(SavedUnit):
         bf16: bool = False,
         fp16: bool = False,
         shard_optimizer: bool = False,
+        rotate: bool = False,
         on_nan: str = "stop",
         **kwargs: Any,
     ) -> None:
@@ -102,9 +106,11 @@ class TrainEvalUnit(SavedUnit):
         # an empty group, as frozen parts may leave it, would be saved but could not be loaded
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [group for group in groups if group["params"]]
+        require_one_scale(getattr(self.model, "module", self.model), self.tasks)
         self.ema_model.multi_avg_fn = warmed_up_average(ema_decay)
         self.accumulate = accumulate
         self.shard_optimizer = shard_optimizer
+        self._rotates = rotate
         self._finite = FiniteCheck(Path(self.job_config.metadata.config_path).parent, on_nan)
         self._flags = Later()
         self._epoch_is_over = False
@@ -153,6 +159,9 @@ class TrainEvalUnit(SavedUnit):
         """
         self._finite.look()
         self.last_samples = sum(len(batch.natoms) for batch in data)
+        if self._rotates:
+            step, rank = self.train_progress.num_steps_completed, distutils.get_rank()
+            rotate_all(data, self.job_config.seed, step, rank)
         try:
             self.last_loss = self._backward(data)
             moved = self._move(data)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from fairchem.core.common import distutils
 
-from escaip_fairchem.describe import load_safely
+from escaip_fairchem.describe import describe_task, find_checkpoint, load_safely
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.files import whole_file
 from escaip_fairchem.model import EScAIP
+from escaip_fairchem.train.finetune.conservative import as_conservative, conservative_head
+from escaip_fairchem.train.scales import require_scale_of_start
 from escaip_fairchem.train.unit import TrainEvalUnit
 
 if TYPE_CHECKING:
@@ -25,26 +27,39 @@ _TRAINING_KEYS = ("start", "freeze", "lora_rank")
 
 
 def build_model(
-    *, start: str, freeze: Sequence[str] = (), lora_rank: int = 0, **model: Any
+    *, start: str | None, freeze: Sequence[str] = (), lora_rank: int = 0, **model: Any
 ) -> EScAIP:
     """The model of a checkpoint, ready to be trained further.
 
+    A conservative model may begin with the weights of a direct one, see `as_conservative`.
+
     Args:
-        start: Inference checkpoint whose weights (their average, if it has one) to begin with.
+        start: Inference checkpoint whose weights (their average, if it has one) to begin with, or
+            the folder of a run (its newest is taken).
         freeze: Parts that stay as they are, by the names of `part_names`.
         lora_rank: Rank of the updates to the weights of linear layers (Hu et al., arXiv
             2106.09685); 0 trains the weights themselves. The output heads are trained in full.
         **model: Arguments of `EScAIP`, which must be those of the checkpoint's model.
 
     Returns:
-        The model. Parameters that are not trained have ``requires_grad`` False.
+        The model. Parameters that are not trained have ``requires_grad`` False. Its ``start_tasks``
+        are what the checkpoint was trained for, see `describe_task`.
 
     Raises:
-        UserError: Weights that do not fit, an unknown part, nothing left to train, no peft.
+        UserError: No checkpoint, weights that do not fit, an unknown part, nothing left to train,
+            no peft.
     """
+    if start is None:
+        raise UserError("no checkpoint to begin with; add start=RUN, the folder of a training")
+    checkpoint = load_safely(find_checkpoint(Path(start)))
+    weights = average_weights(checkpoint)
+    head = conservative_head(model["heads"])
+    if head is not None and conservative_head(checkpoint.model_config["heads"]) is None:
+        weights = as_conservative(weights, checkpoint.model_config, head)
     built = EScAIP(**model)
+    built.start_tasks = [describe_task(task) for task in checkpoint.tasks_config]
     try:
-        built.load_state_dict(average_weights(load_safely(Path(start))))
+        built.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the weights of {start} do not fit the model: {reason}") from error
@@ -174,6 +189,8 @@ class FineTuneUnit(TrainEvalUnit):
 
     def __init__(self, *args: Any, layer_decay: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        model = getattr(self.model, "module", self.model)  # of DDP
+        require_scale_of_start(self.tasks, getattr(model, "start_tasks", []))
         if layer_decay != 1.0:
             decay_rates_by_layer(self.optimizer, self.model.named_parameters(), layer_decay)
 
