@@ -266,6 +266,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for recipe in TRAINED:
         own = [f"job.run_dir={root}/runs", f"job.timestamp_id={name_of(recipe)}"]
+        if recipe in STARTED.values():
+            own.append("checkpoint_every_n_steps=1000")  # and at the end
         if recipe in STARTED:
             own.append(f"start={root}/runs/{name_of(STARTED[recipe])}")
         jobs.append((str(recipe), [*COMMAND, *own]))
