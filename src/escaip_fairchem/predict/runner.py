@@ -102,8 +102,6 @@ class PredictRunner(Runner):
         share_cores()
         if self.checkpoint is None:
             raise UserError("no checkpoint; add checkpoint=RUN/checkpoints/final/inference_ckpt.pt")
-        if not self.splits:
-            raise UserError("no data; add splits.NAME=FOLDER")
         path = find_checkpoint(Path(self.checkpoint))
         tasks = [describe_task(task) for task in load_safely(path).tasks_config]
         task = choose_task(tasks, self.task)
