@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ase.io
 import numpy as np
 import pytest
+from ase import Atoms
 from ase.build import add_adsorbate, fcc100, molecule
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
@@ -16,7 +18,7 @@ from ase.optimize import FIRE, LBFGS
 from escaip_fairchem import UserError
 from escaip_fairchem.cli import main
 from escaip_fairchem.simulate.adsorption import Gas, adsorption
-from escaip_fairchem.simulate.neb import BatchedNEB, NEBOptions, run_neb
+from escaip_fairchem.simulate.neb import BatchedNEB, NEBOptions, _start, run_neb
 from escaip_fairchem.simulate.relax import RelaxOptions
 from simulate_helpers import copper_slab, emt, save_small
 
@@ -65,6 +67,17 @@ def test_adsorption_energy_is_the_difference(tmp_path):
     assert still[0].slab == pytest.approx(bare.get_potential_energy())
 
 
+def test_slab_that_is_free_where_the_adslab_is_not_is_named(tmp_path, capsys):
+    free = copper_slab()[:-1]
+    free.set_constraint()
+    adsorption(
+        total(), [("a", copper_slab())], free, [Gas("n2", molecule("N2"), 0.5)], tmp_path,
+        OPTIONS, relax="none",
+    )  # fmt: skip
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "no atom is fixed in slab" in line
+
+
 def test_terms_that_do_not_belong_together_are_refused(tmp_path):
     adslab, gas = ("a", copper_slab()), Gas("n2", molecule("N2"), 1.0)
     untagged = copper_slab()
@@ -74,6 +87,8 @@ def test_terms_that_do_not_belong_together_are_refused(tmp_path):
     oxygen = copper_slab()
     oxygen.symbols[-1] = "O"
     without = emt()
+    # hydrogen cancels in the composition, its energies do not
+    ammonia = [Gas("nh3", molecule("NH3"), 1.0), Gas("h2", molecule("H2"), -1.5)]
     for model, one, slab, terms, text in (
         (total(), adslab, None, [], "needs the gas reference"),
         (
@@ -87,6 +102,7 @@ def test_terms_that_do_not_belong_together_are_refused(tmp_path):
         (total(), adslab, larger[:-1], [gas], "differ in cell"),
         (total(), adslab, oxygen, [gas], "has atoms that a"),
         (total(), ("o", oxygen), None, [gas], "no reference energy for O"),
+        (total(), adslab, None, ammonia, "no reference energy for H"),
         (without, adslab, None, [gas], "predicts adsorption energies .*leave out --slab and --gas"),
     ):
         with pytest.raises(UserError, match=text):
@@ -207,3 +223,21 @@ def test_neb_refuses_and_runs_with_a_model(tmp_path, capsys):
     assert "the same structure" in capsys.readouterr().err
     assert run("last") == 0
     assert "1 steps; not converged" in capsys.readouterr().out
+
+
+def test_first_band_does_not_depend_on_where_the_cell_begins():
+    """Past an atom in the middle of the cell, and past the same atom at its corner."""
+
+    def closest(corner):
+        ends = []
+        for x in (2.0, 6.0):
+            end = Atoms("AlAu", [(4, 4, 4), (x, 4.3, 4)], cell=(8, 8, 8), pbc=True)
+            end.positions -= corner
+            end.wrap(eps=0)
+            ends.append(end)
+        images, _ = _start(Path("absent"), *ends, NEBOptions(images=3))
+        return [image.get_distance(0, 1, mic=True) for image in images]
+
+    found = closest(0.0)
+    assert min(found) > 1.5  # a straight line comes as near as 0.3 A
+    np.testing.assert_allclose(closest(4.0), found, atol=1e-3)

@@ -234,8 +234,18 @@ def test_relaxation_refuses(tmp_path, checkpoints, capsys):
     with pytest.raises(UserError, match="no structure at"):
         read_structures([tmp_path / "absent.xyz"])
     (tmp_path / "text.xyz").write_text("nothing of use\n")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_structures([tmp_path / "text.xyz"])
+    # readers of ASE raise StopIteration, RuntimeError, and return nothing
+    (tmp_path / "empty.cif").write_text("data_x\n_cell 1\nloop_\n")
+    (tmp_path / "POSCAR").write_text("garbage\nx y z\n")
+    for name, text in (
+        ("text.xyz", "cannot be read"),
+        ("POSCAR", "cannot be read"),
+        ("gas.xyz@x", "cannot be read"),
+        ("empty.cif", "holds no structure"),
+        ("empty.cif@0", "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=text):
+            read_structures([tmp_path / name])
     assert not (tmp_path / "out").exists()
 
 
@@ -348,6 +358,45 @@ def test_dynamics_refuse_and_warn(tmp_path, checkpoints, capsys):
     (line,) = [line for line in error.splitlines() if "escaip: warning" in line]
     assert "direct forces" in line
     assert steps_of(None, 1.5, 0.5) == 3000
+    with pytest.raises(UserError, match="--timestep is 0"):
+        steps_of(None, 1.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("structure", "internal", "settings"),
+    [
+        (molecule("H2O"), 3, {"ensemble": "nvt", "thermostat": "bussi", "timestep": 0.5}),
+        pytest.param(
+            bulk("Cu", cubic=True),
+            9,
+            {"ensemble": "npt", "timestep": 4.0, "barostat_time": 300.0},
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["bussi", "npt"],
+)
+def test_temperature_is_that_of_inner_motion(tmp_path, structure, internal, settings):
+    """A molecule that nothing turns and moves has 3N - 6, a crystal 3N - 3 degrees of freedom.
+
+    Were all 3N counted, the water would have 900 K, and the crystal 400 K.
+    """
+    options = MDOptions(temperature=300, thermostat_time=10, every=1, **settings)
+    run_md(emt(), structure, 1000, tmp_path, options)
+    rows = np.genfromtxt(tmp_path / "log.csv", delimiter=",", names=True)
+    found = 2 * rows["kinetic_eV"] / (internal * units.kB)
+    np.testing.assert_allclose(rows["temperature_K"], found, rtol=1e-9)
+    assert found[0] == pytest.approx(300)
+    assert found[200:].mean() == pytest.approx(300, rel=0.12 if internal == 9 else 0.5)
+    frames = ase.io.read(tmp_path / "trajectory.extxyz", "-1")
+    assert abs(frames.get_momenta().sum(0)).max() < 1e-6
+
+
+def test_files_that_are_shorter_than_they_were_are_refused(tmp_path):
+    options = MDOptions("nve", 300, every=1)
+    run_md(emt(), copper(), 3, tmp_path, options)
+    (tmp_path / "log.csv").unlink()
+    with pytest.raises(UserError, match=r"log\.csv has lost what it had"):
+        run_md(emt(), copper(), 5, tmp_path, options)
 
 
 def test_drift_is_a_slope(tmp_path):

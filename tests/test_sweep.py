@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -28,7 +30,9 @@ from escaip_fairchem.commands.sweep import with_action
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.sweep.compose import composer, to_yaml
 from escaip_fairchem.sweep.halving import decide, decision, ranked
+from escaip_fairchem.sweep.local import run_locally
 from escaip_fairchem.sweep.points import expand, override, point_name
+from escaip_fairchem.sweep.run import cancel
 from escaip_fairchem.sweep.spec import Halving, load_spec, parse_spec
 from escaip_fairchem.sweep.states import look
 from escaip_fairchem.sweep.store import Sweep, difference, load_sweep
@@ -479,3 +483,29 @@ def test_watches_as_long_as_the_command_is_at_work(tmp_path, monkeypatch, capsys
     watch(tmp_path, every=0)
     assert not answers
     assert capsys.readouterr().out.count("2 new") == 3
+
+
+def test_a_sweep_in_the_background_of_a_script_is_cancelled(tmp_path, monkeypatch, capsys):
+    """A shell without job control ignores SIGINT for it, and so for all that it starts."""
+    monkeypatch.setattr(
+        "escaip_fairchem.sweep.local.fairchem_command",
+        lambda: [sys.executable, "-S", "-c", "import time; time.sleep(60)"],
+    )
+    sweep = Sweep(tmp_path, points={"a": {}, "b": {}}, parallel=1)
+    sweep.save()
+    started = sweep.run("a") / "output.log"
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with contextlib.suppress(SystemExit), RunLock(tmp_path):
+            run_locally(sweep, ["a", "b"])
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    cancel(tmp_path, [])
+    assert os.waitpid(child, 0) == (child, 0)
+    assert not sweep.run("b").exists()
+    assert capsys.readouterr().out.startswith("cancelled 2 points\ntold process")
+    cancel(tmp_path, [])
+    assert capsys.readouterr().out == "cancelled 0 points; 2 had ended before\n"

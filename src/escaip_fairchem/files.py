@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -43,3 +47,25 @@ def write_whole(path: str | Path, content: str | bytes, *, sync: bool = True) ->
     """Write a file by `whole_file`."""
     with whole_file(path, sync=sync) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table by `whole_file`.
+
+    Args:
+        path: The file.
+        rows: Columns and values; a column may be missing from some, and has no value there.
+    """
+    rows = list(rows)
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure of matplotlib as PNG by `whole_file`."""
+    with whole_file(path, sync=False) as partial:
+        figure.savefig(partial, dpi=150, format="png")

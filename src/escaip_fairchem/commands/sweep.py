@@ -133,10 +133,10 @@ def _best(args: argparse.Namespace) -> None:
 
 def _results(args: argparse.Namespace) -> None:
     from escaip_fairchem.sweep.store import load_sweep
-    from escaip_fairchem.sweep.table import write_csv
+    from escaip_fairchem.sweep.table import write_results
 
     path = args.csv or args.dir / "results.csv"
-    write_csv(load_sweep(args.dir), path)
+    write_results(load_sweep(args.dir), path)
     print(path)
 
 

@@ -70,7 +70,9 @@ def read_evaluation(folder: Path, name: str) -> Evaluation:
     if not path.exists():
         found.missing.append(f"no {EVALUATION_NAME}: not all is predicted; its command goes on")
     for split, given in _dicts(found.content.get("splits")).items():
-        entry = Split(split, given.get("counts") or {}, _metrics(given.get("metrics")))
+        counts = given.get("counts")
+        entry = Split(split, counts if isinstance(counts, dict) else {})
+        entry.metrics = _metrics(given.get("metrics"))
         entry.subsets = {
             subset: _metrics(metrics) for subset, metrics in _dicts(given.get("by_subset")).items()
         }

@@ -100,7 +100,11 @@ def by_element(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> list[T
 def _data(rows: list[dict[str, Any]], trivial: str, count: str) -> Any:
     """What tells data apart: its elements, their numbers, the errors of the trivial model."""
     return tuple(
-        (row["element"], row.get(count), f"{row[trivial]:.6g}" if finite(row.get(trivial)) else "")
+        (
+            row["element"],
+            row[count] if finite(row.get(count)) else None,
+            f"{row[trivial]:.6g}" if finite(row.get(trivial)) else None,
+        )
         for row in rows
     )
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_csv
 from escaip_fairchem.simulate.model import warn
-from escaip_fairchem.simulate.relax import RelaxOptions, relax_structures, write_table
+from escaip_fairchem.simulate.relax import RelaxOptions, relax_structures
 from escaip_fairchem.simulate.structures import read_one
 
 if TYPE_CHECKING:
@@ -113,11 +114,11 @@ def adsorption(
         slabs, molecules = [], []
     else:
         if model.references:
-            _refuse_unknown(model, [atoms for _, atoms in adslabs])
+            _refuse_unknown(model, [*(atoms for _, atoms in adslabs), *(g.atoms for g in gas)])
         slabs = [("slab", _checked_slab(adslabs, slab))]
         _check_gas(adslabs, slabs[0][1], gas)
         molecules = [(f"gas {each.name}", each.atoms) for each in gas]
-    _warn_of_free_slabs(adslabs)
+    _warn_of_free_slabs([*adslabs, *slabs])
     still = RelaxOptions(**{**asdict(options), "steps": 0})
     first = options if relax != "none" else still
     second = options if relax == "all" else still
@@ -129,7 +130,7 @@ def adsorption(
         if record.error:
             raise UserError(f"{record.name}: {record.error}; there is no adsorption energy")
     results = _results(relaxed, others, gas, relax)
-    write_table(out / "adsorption.csv", [asdict(result) for result in results])
+    write_csv(out / "adsorption.csv", map(asdict, results))
     return results
 
 
@@ -224,7 +225,8 @@ def _check_gas(adslabs: Sequence[tuple[str, Atoms]], slab: Atoms, gas: Sequence[
     if not gas:
         raise UserError(
             "a model of total energies needs the gas reference: --gas FILE, or several with "
-            "numbers, such as --gas h2o.xyz --gas 'h2.xyz*-0.5' for OH"
+            "numbers, such as --gas h2o.xyz --gas 'h2.xyz*-0.5' for OH; if its labels were "
+            "adsorption energies, add --energies adsorption"
         )
     given: Counter[str] = Counter()
     for each in gas:

@@ -22,12 +22,43 @@ if TYPE_CHECKING:
 _PARTS = ("_thermostat", "_barostat")
 
 
-def make(atoms: Atoms, options: MDOptions, rng: np.random.Generator) -> MolecularDynamics:
+def degrees_of_freedom(atoms: Atoms, options: MDOptions) -> int:
+    """How many degrees of freedom share the temperature.
+
+    A structure that nothing holds starts without moving or, if it is not periodic, turning as a
+    whole. Forces do not change that (those of direct models do, a little), so these degrees of
+    freedom stay cold, and the others would have their energy if they were counted. Only Langevin's
+    thermostat moves the whole, too.
+
+    Args:
+        atoms: Where it starts.
+        options: What is simulated.
+    """
+    number = atoms.get_number_of_degrees_of_freedom()
+    langevin = options.ensemble == "nvt" and options.thermostat == "langevin"
+    if langevin or atoms.constraints or len(atoms) == 1:
+        return number
+    number -= 3
+    if not atoms.pbc.any():
+        moments = atoms.get_moments_of_inertia()
+        number -= int((moments > 1e-6 * moments.max()).sum())  # one less if it is linear
+    return number
+
+
+def temperature_of(atoms: Atoms, freedom: int) -> float:
+    """Temperature, K, of so many degrees of freedom."""
+    return 2 * atoms.get_kinetic_energy() / (freedom * units.kB)
+
+
+def make(
+    atoms: Atoms, options: MDOptions, freedom: int, rng: np.random.Generator
+) -> MolecularDynamics:
     """The integrator of an ensemble.
 
     Args:
         atoms: With momenta and a calculator.
         options: The ensemble and its numbers.
+        freedom: From `degrees_of_freedom`.
         rng: What a stochastic thermostat draws from.
     """
     step = options.timestep * units.fs
@@ -36,7 +67,7 @@ def make(atoms: Atoms, options: MDOptions, rng: np.random.Generator) -> Molecula
     relaxation = options.thermostat_time * units.fs
     if options.ensemble == "npt":
         barostat = IsotropicMTKNPT if options.barostat == "isotropic" else MTKNPT
-        return barostat(
+        dynamics = barostat(
             atoms,
             step,
             temperature_K=options.temperature,
@@ -44,8 +75,14 @@ def make(atoms: Atoms, options: MDOptions, rng: np.random.Generator) -> Molecula
             tdamp=relaxation,
             pdamp=options.barostat_time * units.fs,
         )
+        # ASE counts all of them, in these two places
+        dynamics._num_atoms_global = dynamics._thermostat._num_atoms_global = freedom / 3
+        return dynamics
     if options.thermostat == "bussi":
-        return Bussi(atoms, step, options.temperature, relaxation, rng=rng)
+        dynamics = Bussi(atoms, step, options.temperature, relaxation, rng=rng)
+        dynamics.ndof = freedom
+        dynamics.target_kinetic_energy = freedom * dynamics.temp / 2
+        return dynamics
     return Langevin(
         atoms,
         step,

@@ -18,7 +18,13 @@ from escaip_fairchem.display import open_display
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.files import write_whole
 from escaip_fairchem.simulate.folder import claimed
-from escaip_fairchem.simulate.integrators import make, restore, state_of
+from escaip_fairchem.simulate.integrators import (
+    degrees_of_freedom,
+    make,
+    restore,
+    state_of,
+    temperature_of,
+)
 from escaip_fairchem.simulate.md_files import Files, drift
 from escaip_fairchem.simulate.structures import fingerprint
 
@@ -95,12 +101,13 @@ def run_md(
     settings = {**model.settings, **asdict(options), "structure_sha256": fingerprint([atoms])}
     atoms = atoms.copy()
     atoms.calc = model.calculator
+    freedom = degrees_of_freedom(atoms, options)
     with claimed(out, settings):
         rng = np.random.default_rng(options.seed)
         if options.temperature is not None:  # before a saved state, too: Bussi looks at it
-            _heat(atoms, options.temperature, rng)
-        dynamics = make(atoms, options, rng)
-        files = Files(out, options)
+            _heat(atoms, options.temperature, freedom, rng)
+        dynamics = make(atoms, options, freedom, rng)
+        files = Files(out, options, freedom)
         _go_on(dynamics, rng, files)
         with files:
             _simulate(dynamics, rng, files, steps, options, save_seconds)
@@ -160,21 +167,20 @@ def _simulate(
             display.show(
                 dynamics.nsteps,
                 f"{rate:.3g} steps/s, {rate * options.timestep * 86.4:.3g} ps/day, "
-                f"{atoms.get_temperature():.0f} K",
+                f"{temperature_of(atoms, files.freedom):.0f} K",
             )
     save()
     display.close()
 
 
-def _heat(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
+def _heat(atoms: Atoms, temperature: float, freedom: int, rng: np.random.Generator) -> None:
     """Momenta of exactly a temperature; a free structure neither moves nor turns as a whole."""
-    free = not atoms.constraints and len(atoms) > 1
     MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
-    if free:
+    if not atoms.constraints and len(atoms) > 1:
         Stationary(atoms)
-        if not atoms.pbc.any() and len(atoms) > 2:
+        if not atoms.pbc.any():
             ZeroRotation(atoms)
-    present = atoms.get_temperature()
+    present = temperature_of(atoms, freedom)
     if present > 0:
         atoms.set_momenta(atoms.get_momenta() * (temperature / present) ** 0.5)
 
@@ -183,6 +189,10 @@ def _refuse(model: Model, atoms: Atoms, steps: int, options: MDOptions) -> None:
     """What must not be simulated; what is doubtful gets a line."""
     if steps < 0 or options.timestep <= 0 or options.every < 1:
         raise UserError("--timestep and --every must be positive, --steps not negative")
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}; it must not be negative")
+    if not atoms.get_number_of_degrees_of_freedom():
+        raise UserError("all atoms are fixed, so nothing can move; remove the constraint")
     if options.thermostat_time <= 0 or options.barostat_time <= 0:
         raise UserError("--thermostat-time and --barostat-time must be positive")
     if options.temperature is None:
@@ -212,8 +222,10 @@ def steps_of(steps: int | None, ps: float | None, timestep: float) -> int:
     """Number of steps of ``--steps`` or ``--ps``.
 
     Raises:
-        UserError: Neither or both are given.
+        UserError: Neither or both are given, or the time step is not positive.
     """
     if (steps is None) == (ps is None):
         raise UserError("give --steps or --ps, one of them")
+    if not timestep > 0:
+        raise UserError(f"--timestep is {timestep:g}; it must be positive")
     return steps if steps is not None else round(ps * 1000 / timestep)

@@ -11,7 +11,8 @@ import numpy as np
 from ase import units
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from escaip_fairchem.simulate.integrators import conserved
+from escaip_fairchem.errors import UserError
+from escaip_fairchem.simulate.integrators import conserved, temperature_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,18 +42,28 @@ class Files:
     Args:
         folder: Where they are.
         options: What is simulated.
+        freedom: Degrees of freedom that share the temperature.
     """
 
-    def __init__(self, folder: Path, options: MDOptions) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, options: MDOptions, freedom: int) -> None:
+        self.folder, self.freedom = folder, freedom
         self._timestep = options.timestep
         self._with_cell = options.ensemble == "npt"
         self._paths = (folder / TRAJECTORY_NAME, folder / LOG_NAME)
 
     def cut(self, *lengths: int) -> None:
-        """Give the files the lengths of a saved state, in bytes."""
+        """Give the files the lengths of a saved state, in bytes.
+
+        Raises:
+            UserError: A file is shorter: what the state goes on from is not all there.
+        """
         for path, length in zip(self._paths, lengths, strict=True):
             path.touch()
+            if path.stat().st_size < length:
+                raise UserError(
+                    f"{path} has lost what it had when state.npz was saved; put it back, or start "
+                    "in another folder (--out)"
+                )
             os.truncate(path, length)
 
     def __enter__(self) -> Self:
@@ -80,7 +91,7 @@ class Files:
         ase.io.write(self._trajectory, frame, format="extxyz")
         kept = conserved(dynamics)
         row = [step, time, energy, kinetic, energy + kinetic, "" if kept is None else kept]
-        row.append(atoms.get_temperature())
+        row.append(temperature_of(atoms, self.freedom))
         if self._with_cell:
             stress = atoms.get_stress(voigt=False, include_ideal_gas=True)
             row += [-np.trace(stress) / 3 / units.GPa, atoms.get_volume()]

@@ -18,8 +18,9 @@ from ase.utils.forcecurve import fit_images
 
 from escaip_fairchem.display import open_display
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import save_figure, write_csv
 from escaip_fairchem.simulate.folder import claimed, write_frames, write_json
-from escaip_fairchem.simulate.relax import RelaxOptions, relax_structures, write_table
+from escaip_fairchem.simulate.relax import RelaxOptions, relax_structures
 from escaip_fairchem.simulate.relaxation import evaluator
 from escaip_fairchem.simulate.structures import fingerprint
 
@@ -145,7 +146,7 @@ def run_neb(model: Model, initial: Atoms, final: Atoms, out: Path, options: NEBO
         images, done = _start(out, initial, final, options)
         band = BatchedNEB(images, evaluator(model.calculator), k=options.k, climb=options.climb)
         barrier = _relax(band, out, done, options)
-        write_table(out / "neb.csv", _rows(images))
+        write_csv(out / "neb.csv", _rows(images))
         write_json(out / "neb.json", asdict(barrier))
         plot(images, out / "neb.png")
     return barrier
@@ -168,8 +169,8 @@ def _start(out: Path, initial: Atoms, final: Atoms, options: NEBOptions) -> tupl
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = NEB(images, method="improvedtangent")
-        path.interpolate("linear", apply_constraint=False)
-        path.interpolate("idpp", apply_constraint=False)
+        # distances between nearest images: atoms meet across the sides of the cell, too
+        path.interpolate("idpp", mic=bool(initial.pbc.any()), apply_constraint=False)
     return images, 0
 
 
@@ -247,7 +248,7 @@ def plot(images: Sequence[Atoms], path: Path) -> None:
         axes.set_xlabel("path, A")
         axes.set_ylabel("energy above the first image, eV")
         axes.legend()
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
 
 
 def table(out: Path, barrier: Barrier) -> str:
@@ -272,7 +273,7 @@ def table(out: Path, barrier: Barrier) -> str:
 def _refuse(initial: Atoms, final: Atoms, options: NEBOptions) -> None:
     if options.images < 1 or options.fmax <= 0 or options.steps < 0 or options.k <= 0:
         raise UserError("--images, --fmax and --k must be positive, --steps not negative")
-    if (initial.get_chemical_symbols()) != final.get_chemical_symbols():
+    if initial.get_chemical_symbols() != final.get_chemical_symbols():
         raise UserError(
             f"the ends differ: {initial.get_chemical_formula()} and "
             f"{final.get_chemical_formula()}, or their atoms are in another order; "

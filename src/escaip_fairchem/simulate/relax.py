@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from escaip_fairchem.display import open_display
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.files import write_whole
+from escaip_fairchem.files import write_csv
 from escaip_fairchem.simulate.folder import claimed, write_frames, write_json
 from escaip_fairchem.simulate.relaxation import Relaxation, evaluator, relax_all
 from escaip_fairchem.simulate.structures import fingerprint
@@ -116,7 +114,7 @@ def relax_structures(
         ]
         ends = [ase.io.read(_trajectory(out, i), -1) for i in range(len(structures))]
         write_frames(out / "relaxed.traj", ends)
-        write_table(out / "table.csv", [asdict(record) for record in records])
+        write_csv(out / "table.csv", map(asdict, records))
     return records, ends
 
 
@@ -135,15 +133,6 @@ def table(records: Sequence[Relaxed], limit: int = 50) -> str:
     done = sum(record.converged for record in records)
     lines.append(f"{done} of {len(records)} relaxed, {sum(bool(r.error) for r in records)} failed")
     return "\n".join(lines)
-
-
-def write_table(path: Path, rows: Sequence[dict]) -> None:
-    """Write rows of equal keys to a CSV file that is whole or absent."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
 
 
 class _Recorded(Relaxation):

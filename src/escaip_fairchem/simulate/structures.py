@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import ase.io
 import numpy as np
-from ase.io.formats import UnknownFileTypeError
 from ase.io.jsonio import encode
 
 from escaip_fairchem.errors import UserError
@@ -40,9 +39,12 @@ def read_structures(sources: Iterable[str | Path]) -> list[tuple[str, Atoms]]:
             raise UserError(f"no structure at {file}; give a file of any format that ASE reads")
         try:
             frames = ase.io.read(source, None if file != Path(source) else ":")
-        except (UnknownFileTypeError, ValueError, IndexError, OSError, KeyError) as error:
-            raise UserError(f"{source} cannot be read by ASE: {error}") from error
+        except Exception as error:  # readers of many formats, which raise whatever they meet
+            why = f"{type(error).__name__} {error}".rstrip()
+            raise UserError(f"{source} cannot be read by ASE: {why}") from error
         frames = frames if isinstance(frames, list) else [frames]
+        if not frames:
+            raise UserError(f"{source} holds no structure")
         for index, atoms in enumerate(frames):
             if len(atoms) == 0:
                 raise UserError(f"{source}: frame {index} has no atoms; remove it")

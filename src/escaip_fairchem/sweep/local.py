@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from escaip_fairchem.sweep.store import Sweep
 
 _LOOK_EVERY = 0.5  # s
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_locally(sweep: Sweep, names: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def run_locally(sweep: Sweep, names: Sequence[str]) -> None:
         SystemExit: After Ctrl-C or SIGTERM, with 130; the runs have been stopped in good order.
     """
     n_rungs = len(rungs(sweep).steps) + 1 if sweep.halving else 1
-    with _sigterm_as_interrupt():
+    with _signals_as_interrupt():
         for rung in range(n_rungs):
             members = decide(sweep, rung) if sweep.halving else names
             _run_all(
@@ -110,12 +111,14 @@ def _ended(sweep: Sweep, name: str, code: int) -> str:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def _signals_as_interrupt() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # SIGINT too: a shell script starts its background commands with that one ignored
+    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -98,8 +98,11 @@ def cancel(folder: Path, names: list[str]) -> None:
     sweep = load_sweep(folder)
     chosen = set(select(sweep, names))
     states = [state for state in look(sweep) if state.name in chosen]
-    sweep.canceled = sorted({*sweep.canceled, *(s.name for s in states if s.state not in SETTLED)})
+    left = [state.name for state in states if state.state not in SETTLED]
+    sweep.canceled = sorted({*sweep.canceled, *left})
     sweep.save()
+    ended = len(states) - len(left)
+    print(f"cancelled {len(left)} points" + (f"; {ended} had ended before" if ended else ""))
     owner = holder(folder)
     if owner and not sweep.slurm:  # the sweep's own process stops its runs
         if not names and owner["host"] == socket.gethostname():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections import Counter
 from contextlib import suppress
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.describe import find_checkpoint, rises
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.files import write_csv
 from escaip_fairchem.sweep.halving import decision, rungs
 from escaip_fairchem.sweep.points import override
 from escaip_fairchem.sweep.states import BUSY, log_tail, look
@@ -150,22 +150,24 @@ def best(sweep: Sweep, metric: str | None, number: int) -> list[str]:
     return lines
 
 
-def write_csv(sweep: Sweep, path: Path) -> None:
+def write_results(sweep: Sweep, path: Path) -> None:
     """A row a point: overrides, state, and the last value of each metric."""
     states = look(sweep)
     varied = list(dict.fromkeys(name for given in sweep.points.values() for name in given))
     metrics = list(dict.fromkeys(name for state in states for name in state.metrics))
     metrics = [name for name in metrics if name not in varied]  # the schedule's lr
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["point", *varied, "state", *metrics, "steps_per_second", "run"])
-        for state in states:
-            given = sweep.points[state.name]
-            writer.writerow([
-                state.name, *(_cell(given.get(name, "")) for name in varied), state.state,
-                *(state.metrics.get(name, "") for name in metrics),
-                state.status.steps_per_second, sweep.run(state.name),
-            ])  # fmt: skip
+    rows = [
+        {
+            "point": state.name,
+            **{name: _cell(sweep.points[state.name].get(name, "")) for name in varied},
+            "state": state.state,
+            **{name: state.metrics.get(name, "") for name in metrics},
+            "steps_per_second": state.status.steps_per_second,
+            "run": sweep.run(state.name),
+        }
+        for state in states
+    ]
+    write_csv(path, rows)
 
 
 def duration(seconds: float | None) -> str:

@@ -42,6 +42,8 @@ def draw_structures(source: str, number: int, seed: int) -> list[Atoms]:
 
 
 def _draw(size: int, number: int, seed: int) -> np.ndarray:
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; it must not be negative")
     return np.sort(np.random.default_rng(seed).permutation(size)[:number])
 
 

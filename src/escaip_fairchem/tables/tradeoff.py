@@ -128,7 +128,8 @@ def run(
     from escaip_fairchem.train.evaluation import device_type
 
     writing.require_writable(out)
-    for option, value in (("number", number), ("batch-size", batch_size), ("repeats", repeats)):
+    given = {"number": number, "batch-size": batch_size, "repeats": repeats, "threads": threads}
+    for option, value in given.items():
         if value < 1:
             raise UserError(f"--{option} is {value}; give a positive number")
     device = device or device_type()

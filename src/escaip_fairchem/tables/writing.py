@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.files import write_whole
+from escaip_fairchem.files import save_figure, write_csv
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,12 +37,7 @@ def write_rows(rows: Sequence[dict[str, Any]], path: Path, *, device: str = "cpu
     from escaip_fairchem.bench.report import environment
 
     made = environment(device)
-    columns = list(dict.fromkeys([*made, *(name for row in rows for name in row)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: rounded(value) for name, value in (made | r).items()} for r in rows)
-    write_whole(path, text.getvalue())
+    write_csv(path, ({name: rounded(value) for name, value in (made | r).items()} for r in rows))
 
 
 def rounded(value: Any) -> Any:
@@ -87,5 +80,5 @@ def finish(made: Figure, path: Path, claim: object) -> Path:
     """
     made.supxlabel(str(claim), fontsize=7, wrap=True)
     path = path.with_suffix(".png")
-    made.savefig(path, dpi=150)
+    save_figure(made, path)
     return path

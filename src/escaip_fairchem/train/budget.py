@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import time
@@ -14,7 +12,7 @@ from fairchem.core.common import distutils
 from torch.optim.lr_scheduler import LambdaLR
 
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.files import write_whole
+from escaip_fairchem.files import write_csv
 from escaip_fairchem.train.callbacks import column_names
 from escaip_fairchem.train.speed import SpeedCallback
 
@@ -152,10 +150,13 @@ class BudgetCallback(SpeedCallback):
         """Take over when to evaluate.
 
         Raises:
-            UserError: There are several ranks, whose clocks differ.
+            UserError: There are several ranks, whose clocks differ, or a GPU and a CPU's clock.
         """
         if distutils.get_world_size() > 1:
             raise UserError("a budget is for one rank; set job.scheduler.ranks_per_node=1")
+        on_gpu = any(weight.is_cuda for weight in unit.model.parameters())
+        if on_gpu and self._limits[0] is not None and self._clock is CLOCKS["cpu"]:
+            raise UserError("time on a CPU says nothing of a GPU; set budget.clock=wall")
         super().on_train_start(state, unit)
         # torchtnt would evaluate after each epoch too, and fairchem does not hand that setting on
         state.eval_state._evaluate_every_n_epochs = None
@@ -192,11 +193,7 @@ class BudgetCallback(SpeedCallback):
                 **column_names(unit.eval_unit.last_metrics),
             }
         )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(n for row in self._rows for n in row)))
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_whole(self._checkpoints.parent / CURVE_NAME, text.getvalue())
+        write_csv(self._checkpoints.parent / CURVE_NAME, self._rows)
 
     def on_eval_end(self, state: State, unit: TrainEvalUnit) -> None:
         """End the training, or let it go on."""

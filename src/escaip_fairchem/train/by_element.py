@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from ase.data import chemical_symbols
+
+from escaip_fairchem.files import write_csv
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,8 +119,5 @@ def write_by_element(rows: list[ElementErrors], path: Path) -> Path:
     Returns:
         The path.
     """
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(ElementErrors)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_csv(path, map(asdict, rows))
     return path

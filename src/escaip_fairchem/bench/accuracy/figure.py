@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.bench.accuracy.options import MODELS
 from escaip_fairchem.bench.accuracy.results import AXES, ERRORS
+from escaip_fairchem.files import save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,7 @@ def draw(found: Sequence[Outcome], path: Path) -> Path | None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     return path
 
 

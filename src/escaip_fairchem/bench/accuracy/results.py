@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import dataclass, field
 from statistics import mean
@@ -13,14 +11,14 @@ import numpy as np
 
 from escaip_fairchem.bench.accuracy.options import MODELS
 from escaip_fairchem.bench.report import environment
-from escaip_fairchem.files import write_whole
+from escaip_fairchem.files import write_csv, write_whole
 from escaip_fairchem.sweep.states import look
 from escaip_fairchem.train.budget import CURVE_NAME
 from escaip_fairchem.train.metrics import read_metrics
 from escaip_fairchem.train.summary import SUMMARY_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from escaip_fairchem.sweep.store import Sweep
@@ -112,18 +110,12 @@ def write_tables(found: Sequence[Outcome], folder: Path) -> list[Path]:
         The files.
     """
     where = environment("cpu")
-    files = {
-        "trainings.csv": _csv([_row(outcome, where) for outcome in found]),
-        "curves.csv": _csv(
-            {"model": outcome.model, "seed": outcome.seed, **row}
-            for outcome in found
-            for row in outcome.curve
-        ),
-        "tables.md": tables(found) + "\n",
-    }
-    for name, text in files.items():
-        write_whole(folder / name, text)
-    return [folder / name for name in files]
+    files = [folder / name for name in ("trainings.csv", "curves.csv", "tables.md")]
+    write_csv(files[0], [_row(outcome, where) for outcome in found])
+    curves = [(outcome, row) for outcome in found for row in outcome.curve]
+    write_csv(files[1], ({"model": o.model, "seed": o.seed, **row} for o, row in curves))
+    write_whole(files[2], tables(found) + "\n")
+    return files
 
 
 def _row(outcome: Outcome, where: dict[str, str]) -> dict[str, Any]:
@@ -146,16 +138,6 @@ def _row(outcome: Outcome, where: dict[str, str]) -> dict[str, Any]:
         **{name: last.get(name) for name in (*SPENT, *ERRORS, COSINE)},
     }
     return row | {f"{name}_baseline": value for name, value in outcome.baselines.items()}
-
-
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    rows = list(rows)
-    text = io.StringIO()
-    columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def tables(found: Sequence[Outcome]) -> str:
