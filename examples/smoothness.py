@@ -148,7 +148,7 @@ class Neighbors:
         return found
 
 
-def events(path: Path, config: EScAIPConfig, *, most: int = 4, grid: int = 20) -> dict[str, list]:
+def events(path: Path, config: EScAIPConfig, *, most: int = 6, grid: int = 40) -> dict[str, list]:
     """Where along a path something is no longer as before.
 
     Args:
@@ -238,7 +238,7 @@ def jumps(model: EScAIP, path: Path, times: list[float], step: float = 1e-5) -> 
 def random_model(**backbone: Any) -> EScAIP:
     """A conservative model as initialised, small but for its neighbourhoods and basis."""
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "direct_forces": False}
+    size = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "direct_forces": False}
     return (
         EScAIP(
             backbone={"model": "escaip_fairchem.EScAIPBackbone", **size, **backbone},
