@@ -20,6 +20,7 @@ _PUBLIC = {
     "ConservativeHead": "heads",
     "LegacyLmdbDataset": "data.legacy_dataset",
     "calculator": "inference",
+    "hessian_vector_product": "curvature",
     "UserError": "errors",
 }
 

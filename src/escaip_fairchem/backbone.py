@@ -238,7 +238,10 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
 
     @classmethod
     def build_inference_settings(cls, settings: Any) -> dict[str, Any]:
-        """No overrides; switches off fairchem's `torch.compile`, minutes long on first use."""
+        """No overrides; switches off fairchem's `torch.compile`, minutes long on first use.
+
+        `hessian_vmap` is not read: Hessians are computed row by row.
+        """
         settings.compile = False
         return {}
 

@@ -13,6 +13,7 @@ from fairchem.core.common.utils import conditional_grad
 from fairchem.core.models.base import HeadInterface
 from torch import Tensor, nn
 
+from escaip_fairchem.curvature import hessian
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.layers import FeedForward, names_without_decay, norm_factory
 
@@ -98,11 +99,15 @@ class EnergyHead(_Head):
         self._initialize(self.config.energy_head_gain)
 
     def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
-        """{"energy": [B]}."""
-        return {"energy": self._energy(emb)}
+        """{"energy": [B]}; in evaluation float64 whatever the model's precision."""
+        return {"energy": self.total_energy(emb)}
 
-    def _energy(self, emb: dict[str, Any]) -> Tensor:
+    def total_energy(self, emb: dict[str, Any]) -> Tensor:
+        """Energy of each structure from the backbone's output, differentiable, [B]."""
         per_atom = self.energy(self.node_norm(emb["node_features"]))[:, 0]
+        if not self.training:
+            # a sum over thousands of atoms in float32 rounds away what one of them changes
+            per_atom = per_atom.double()
         return _reduce(per_atom, emb, self.config.energy_reduce)
 
 
@@ -210,23 +215,34 @@ class ConservativeHead(EnergyHead):
     def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
         """{"energy": {"energy": [B]}, "forces": {"forces": [N, 3]}, "stress": {"stress": [B, 9]}}.
 
-        Forces and stress are there if `regress_config` asks for them. Stress is dE/d(strain)
-        over the volume, positive under tension as in ASE; a structure without periodic axes
-        or without volume has none: zeros in training (where a mask hides it), NaN otherwise.
+        Forces, stress and {"hessian": {"hessian": [1, 3 N, 3 N]}} are there if `regress_config`
+        asks for them. Stress is dE/d(strain) over the volume, positive under tension as in ASE;
+        a structure without periodic axes or without volume has none: zeros in training (where a
+        mask hides it), NaN otherwise.
+
+        Raises:
+            UserError: A Hessian of several structures at once.
         """
-        energy = self._energy(emb)
+        energy, wanted = self.total_energy(emb), self.regress_config
         results = {"energy": energy}
-        if self.regress_config.forces:
+        if wanted.forces:
             leaves = [emb["positions"]]
-            if self.regress_config.stress:
+            if wanted.stress:
                 leaves.append(emb["displacement"])
             # the graph is kept for another head on the same backbone
             gradients = torch.autograd.grad(
-                energy.sum(), leaves, create_graph=self.training, retain_graph=True
+                energy.sum(),
+                leaves,
+                create_graph=self.training or wanted.hessian,
+                retain_graph=True,
             )
             results["forces"] = -gradients[0]
-            if self.regress_config.stress:
+            if wanted.stress:
                 results["stress"] = self._stress(gradients[1], emb)
+            if wanted.hessian:
+                if emb["num_systems"] > 1:
+                    raise UserError("a Hessian is computed for one structure at a time")
+                results["hessian"] = hessian(gradients[0], emb["positions"])[None]
         if not self.training:
             results = {key: value.detach() for key, value in results.items()}
         return {f"{p}{key}": {key: results[key]} for p in self.prefixes for key in results}

@@ -10,6 +10,7 @@ from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from fairchem.core.units.mlip_unit import MLIPPredictUnit
 
     from escaip_fairchem.ase_calculator import EScAIPCalculator
 
@@ -23,6 +24,7 @@ def calculator(
     remove_net_force: bool = False,
     d3: str | None = None,
     neighbor_search: str | None = None,
+    hessian: bool = False,
 ) -> EScAIPCalculator:
     """An ASE calculator of a trained model.
 
@@ -35,13 +37,15 @@ def calculator(
             direct model do not sum to zero.
         d3: Functional whose DFT-D3(BJ) dispersion is added, such as ``pbe``; needs ``dftd3``.
         neighbor_search: As the key of the model, in place of what it was trained with.
+        hessian: Also compute second derivatives of the energy at each evaluation, a backward
+            pass for each coordinate: ``get_property("hessian")``, (3 N, 3 N).
 
     Returns:
         fairchem's calculator; energies in eV, forces in eV/A, stress in eV/A^3 (ASE's sign).
 
     Raises:
-        UserError: The file is missing or no checkpoint, `task` is needed or unknown, or D3 is not
-            installed or does not know the functional.
+        UserError: The file is missing or no checkpoint, `task` is needed or unknown, D3 is not
+            installed or does not know the functional, or a Hessian is wanted of direct forces.
     """
     import torch
     from fairchem.core.units.mlip_unit import InferenceSettings, load_predict_unit
@@ -54,18 +58,30 @@ def calculator(
         raise UserError(f"no checkpoint at {path}; a run writes checkpoints/*/inference_ckpt.pt")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no checkpoint; a run writes checkpoints/*/inference_ckpt.pt")
-    settings = InferenceSettings(compile=False, base_precision_dtype=dtype or torch.float32)
-    unit = load_predict_unit(
-        path,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        inference_settings=settings,
-        overrides={"backbone": {"neighbor_search": neighbor_search}} if neighbor_search else None,
-    )
+    precision = dtype or torch.float32
+
+    def load(**untrained: set[str]) -> MLIPPredictUnit:
+        return load_predict_unit(
+            path,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            inference_settings=InferenceSettings(
+                compile=False, base_precision_dtype=precision, **untrained
+            ),
+            overrides=(
+                {"backbone": {"neighbor_search": neighbor_search}} if neighbor_search else None
+            ),
+        )
+
+    unit = load()
     known = sorted(unit.dataset_to_tasks)
     if task is None and len(known) == 1:
         task = known[0]
     if task not in known:
         raise UserError(f"task {task!r}: the checkpoint knows {', '.join(known)}; name one")
+    if hessian:
+        if unit.model.module.backbone.regress_config.direct_forces:
+            raise UserError("a Hessian needs a conservative model; this one has direct forces")
+        unit = load(predict_untrained_hessian={task})
     return EScAIPCalculator(
         unit,
         task,

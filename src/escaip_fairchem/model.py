@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from fairchem.core.models.base import HydraModel
+from fairchem.core.modules.normalization.normalizer import Normalizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fairchem.core.datasets.atomic_data import AtomicData
+    from fairchem.core.units.mlip_unit.mlip_unit import Task
     from torch import Tensor
 
 
@@ -32,6 +37,18 @@ class EScAIP(HydraModel):
             nested = any(isinstance(value, dict) for value in result.values())
             outputs.update(result if nested else {name: result})
         return outputs
+
+    def add_tasks(self, tasks: Sequence[Task]) -> None:
+        """Add tasks that were not trained, such as stress or Hessian, scaled as derivatives.
+
+        fairchem gives them the normaliser of the energy whole; its mean is a constant, which
+        belongs to no derivative.
+        """
+        own = [copy(task) for task in tasks]
+        for task in own:
+            if task.inference_only and task.property in ("forces", "stress", "hessian"):
+                task.normalizer = Normalizer(mean=0.0, rmsd=task.normalizer.rmsd.clone())
+        super().add_tasks(own)
 
     def no_weight_decay(self) -> set[str]:
         """Full names of parameters that fairchem's optimizer groups must not decay."""
