@@ -116,7 +116,8 @@ def test_imported_checkpoint_predicts_what_the_builtin_computes(tmp_path, direct
     energy = expected["energy"].detach().double() * RMSD
     energy = energy.index_add(0, batch.batch, references)
     predicted = load_predict_unit(target, device="cpu").predict(batch)
-    torch.testing.assert_close(predicted["energy"], energy, rtol=1e-5, atol=1e-5)
+    # the built-in adds up atoms, whose energies have both signs, in float32
+    torch.testing.assert_close(predicted["energy"], energy, rtol=1e-5, atol=3e-5)
     scale = expected["forces"].detach().abs().max() * RMSD
     difference = predicted["forces"] - expected["forces"].detach() * RMSD
     assert float(difference.abs().max()) < 1e-5 * float(scale)
