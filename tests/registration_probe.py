@@ -6,10 +6,12 @@ the main module again, and because the processes are shared by several tests.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 NAMES = [
@@ -23,6 +25,14 @@ NAMES = [
 
 def resolve() -> dict[str, str]:
     """Ask fairchem's registry, as its models do, without importing this package."""
+    import torch  # noqa: F401, as every process with fairchem does first; it calls the hook
+
+    if "fairchem.core" not in sys.modules:
+        # without what else `import fairchem.core` loads, ten seconds in each process
+        core = types.ModuleType("fairchem.core")
+        found = importlib.util.find_spec("fairchem.core")
+        core.__path__ = list(found.submodule_search_locations)
+        sys.modules["fairchem.core"] = core
     from fairchem.core.common.registry import registry
 
     classes = {name: registry.get_model_class(name) for name in NAMES}

@@ -121,7 +121,9 @@ def test_a_wrong_part_lists_the_names(part: str):
 
 def test_frozen_parts_get_no_gradient_and_the_others_do(tmp_path):
     model = small_model()
-    start = write_checkpoint(tmp_path / "start.pt", model, HEADS, TASKS)
+    tasks = copy.deepcopy(TASKS)
+    tasks[0]["normalizer"] |= {"mean": unit_parts.MEAN, "rmsd": unit_parts.ENERGY_RMSD}
+    start = write_checkpoint(tmp_path / "start.pt", model, HEADS, tasks)
     config = torch.load(start, weights_only=False).model_config
     config.pop("_target_")
     built = build_model(start=str(start), freeze=["embedding", "blocks.0"], **config)

@@ -85,6 +85,7 @@ def test_the_recipe_repeats_the_run(page: Path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.full  # parts are in test_finetune
 def test_own_slab_low_rank(page: Path, test_data: Path, monkeypatch, capfd):
     """VASP's relaxation, total energies: frozen parts stay, no trace of peft, ASE calculator.
 

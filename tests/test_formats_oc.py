@@ -707,6 +707,7 @@ def _cut(frames: list[Atoms]) -> list[Atoms]:
     return cut
 
 
+@pytest.mark.full  # workers of trainings are in test_recovery
 def test_dataset_in_spawned_workers(tmp_path):
     frames = slabs()
     write_lmdb(tmp_path / "data.lmdb", [pickled(s2ef_fields(a), 2) for a in frames])

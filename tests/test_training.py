@@ -155,6 +155,7 @@ def test_resumed_run_ends_at_the_same_weights(
     assert steps[-1] == STEPS
 
 
+@pytest.mark.full  # on SLURM by every `make test-slurm`; ranks in test_unit, test_predict
 def test_two_processes(workplace: Path) -> None:
     """On CPUs (gloo), with data-loader workers: both processes share the work, and end."""
     done = launch(
