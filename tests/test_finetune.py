@@ -121,9 +121,7 @@ def test_a_wrong_part_lists_the_names(part: str):
 
 def test_frozen_parts_get_no_gradient_and_the_others_do(tmp_path):
     model = small_model()
-    tasks = copy.deepcopy(TASKS)
-    tasks[0]["normalizer"] |= {"mean": unit_parts.MEAN, "rmsd": unit_parts.ENERGY_RMSD}
-    start = write_checkpoint(tmp_path / "start.pt", model, HEADS, tasks)
+    start = write_checkpoint(tmp_path / "start.pt", model, HEADS, TASKS)
     config = torch.load(start, weights_only=False).model_config
     config.pop("_target_")
     built = build_model(start=str(start), freeze=["embedding", "blocks.0"], **config)
@@ -173,7 +171,9 @@ def test_an_interrupted_run_goes_on(layer_decay: float, tmp_path):
     unit_parts.write_frames(tmp_path / "frames")
     data = unit_parts.batches(tmp_path / "frames", [[1, 2], [3, 4], [5, 6]])
     model = unit_parts.small_model("v2")
-    start = write_checkpoint(tmp_path / "start.pt", model, HEADS, TASKS)
+    tasks = copy.deepcopy(TASKS)
+    tasks[0]["normalizer"] |= {"mean": unit_parts.MEAN, "rmsd": unit_parts.ENERGY_RMSD}
+    start = write_checkpoint(tmp_path / "start.pt", model, HEADS, tasks)
     config = torch.load(start, weights_only=False).model_config
     config.pop("_target_")
 
