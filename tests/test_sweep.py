@@ -407,6 +407,7 @@ def test_results_best_and_plots(swept, capsys):
         assert Image.open(path).convert("L").getextrema()[0] < 128
 
 
+@pytest.mark.full  # on SLURM by every `make test-slurm`
 def test_a_failed_point_is_retried(swept, capsys):
     folder, *_, database = swept
     (database.parent / "kept").rename(database)

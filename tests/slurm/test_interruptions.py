@@ -1,6 +1,6 @@
 """A job that is interrupted ends as one that is not: same weights, same learning curve.
 
-Three random moments by default; all with ESCAIP_TEST_FULL=1 (`make test-slurm FULL=1`).
+Two random moments by default; all with ESCAIP_TEST_FULL=1 (`make test-slurm FULL=1`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cluster import Cluster
 
 FULL = os.environ.get("ESCAIP_TEST_FULL", "") not in ("", "0")
-POINTS = interruptions(20) if FULL else interruptions(3)
+POINTS = interruptions(20) if FULL else interruptions(2)
 
 
 @pytest.fixture(scope="module")
