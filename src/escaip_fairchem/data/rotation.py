@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.spatial.transform import Rotation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,25 +24,13 @@ def rotate_all(batches: Sequence[AtomicData], *place: int) -> None:
             training that goes on draws what it would have drawn.
     """
     for index, batch in enumerate(batches):
-        seed = np.random.SeedSequence([*place, index]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        rotate(batch, random_rotations(len(batch.natoms), generator))
+        rng = np.random.default_rng([*place, index])
+        rotate(batch, random_rotations(len(batch.natoms), rng))
 
 
-def random_rotations(number: int, generator: torch.Generator) -> Tensor:
-    """Rotation matrices, uniform on SO(3), (number, 3, 3), float64.
-
-    Quaternions of four normal numbers (Shoemake, Graphics Gems III, 1992).
-    """
-    w, x, y, z = torch.nn.functional.normalize(
-        torch.randn(number, 4, generator=generator, dtype=torch.float64)
-    ).unbind(1)
-    rows = [
-        *(1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
-        *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
-        *(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
-    ]
-    return torch.stack(rows, 1).view(number, 3, 3)
+def random_rotations(number: int, rng: np.random.Generator) -> Tensor:
+    """Rotation matrices, uniform on SO(3), (number, 3, 3), float64."""
+    return torch.from_numpy(Rotation.random(number, rng).as_matrix())
 
 
 def rotate(batch: AtomicData, rotations: Tensor) -> None:

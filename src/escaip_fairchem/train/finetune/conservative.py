@@ -20,7 +20,12 @@ CONSERVATIVE = "escaip_fairchem.ConservativeHead"
 
 def conservative_head(heads: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Name of the head whose forces are derivatives of the energy, if there is one."""
-    return next((n for n, head in heads.items() if str(head["module"]) == CONSERVATIVE), None)
+    return next((name for name, head in heads.items() if is_conservative(head)), None)
+
+
+def is_conservative(head: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a `ConservativeHead`."""
+    return str(head["module"]).endswith("ConservativeHead")
 
 
 def as_conservative(

@@ -12,6 +12,7 @@ import torch
 from escaip_fairchem.data.references import NUM_REFERENCES
 from escaip_fairchem.describe import find_checkpoint, load_safely, read_config
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.finetune.conservative import conservative_head, is_conservative
 from escaip_fairchem.train.finetune.model import average_weights
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class Start:
     @property
     def conservative(self) -> bool:
         """Whether forces are derivatives of the energy."""
-        heads = self.model["heads"].values()
-        return any(head["module"].endswith("ConservativeHead") for head in heads)
+        return conservative_head(self.model["heads"]) is not None
 
     @property
     def trains_stress(self) -> bool:
@@ -147,7 +147,7 @@ def _rename(model: dict, tasks: list[dict]) -> dict[str, str]:
     properties = {task["name"]: task["property"] for task in tasks}
     names, heads = {}, {}
     for name, head in model["heads"].items():
-        if head["module"].endswith("ConservativeHead"):
+        if is_conservative(head):
             head.pop("prefix", None)
             names[name] = name
         elif name in properties:
