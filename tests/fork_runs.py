@@ -17,9 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import IO, TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,7 +90,7 @@ class Run:
         end = time.monotonic() + timeout
         while self.running:
             if time.monotonic() > end:
-                self.kill(9)
+                self.send_signal(9)
                 raise AssertionError(f"still running after {timeout} s: {self.output()[-3000:]}")
             time.sleep(0.02)
         return int(self._exit.read_text())
@@ -100,7 +103,13 @@ class Run:
             assert time.monotonic() < end, self.output()[-3000:]
             time.sleep(0.01)
 
-    def kill(self, number: int) -> None:
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs; as of `subprocess.Popen`, like what follows."""
+        return None if self.running else int(self._exit.read_text())
+
+    returncode = property(poll)
+
+    def send_signal(self, number: int) -> None:
         """Send a signal, if the process still lives."""
         if self.running:
             os.kill(self.pid, number)
@@ -118,6 +127,21 @@ def launch(
         return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in outputs))
 
 
+@contextmanager
+def points_in_forks() -> Iterator[None]:
+    """Sweeps on this machine run their points in forks; on SLURM they have their own processes."""
+
+    def popen(command: list[str], *, stdout: IO, **_: Any) -> Run:
+        data = os.environ.get("ESCAIP_DATA", "data")
+        return Run(Path.cwd(), *command[2:], log=stdout.name, ESCAIP_DATA=data)
+
+    stand_in = SimpleNamespace(
+        Popen=popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
+    )  # fmt: skip
+    with mock.patch("escaip_fairchem.sweep.local.subprocess", stand_in):
+        yield
+
+
 def killed_at_random(folder: Path, config: str, took: float, kills: int) -> Iterator[int]:
     """Kill a command at random moments of the seconds that it takes; its exit codes, last 0.
 
@@ -131,7 +155,7 @@ def killed_at_random(folder: Path, config: str, took: float, kills: int) -> Iter
         end = time.monotonic() + moments.uniform(0, took)
         while run.running and time.monotonic() < end:
             time.sleep(0.005)
-        run.kill(9)
+        run.send_signal(9)
         yield run.wait()
     code = Run(folder, config).wait()
     assert code == 0

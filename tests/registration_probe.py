@@ -1,4 +1,4 @@
-"""Resolves the short names in every kind of process; prints {process: {name: class}} as JSON.
+"""Looks for the short names in every kind of process; writes what was found as JSON.
 
 Run as a script by `test_registration.py`, because elastic launch and the spawn methods import
 the main module again, and because the processes are shared by several tests.
@@ -23,8 +23,8 @@ NAMES = [
 ]
 
 
-def resolve() -> dict[str, str]:
-    """Ask fairchem's registry, as its models do, without importing this package."""
+def known() -> list[str]:
+    """Names that fairchem's registry knows, without an import of this package."""
     import torch  # noqa: F401, as every process with fairchem does first; it calls the hook
 
     if "fairchem.core" not in sys.modules:
@@ -35,36 +35,43 @@ def resolve() -> dict[str, str]:
         sys.modules["fairchem.core"] = core
     from fairchem.core.common.registry import registry
 
-    classes = {name: registry.get_model_class(name) for name in NAMES}
-    return {name: f"{found.__module__}.{found.__qualname__}" for name, found in classes.items()}
+    return [name for name in NAMES if name in registry.mapping["model_name_mapping"]]
+
+
+def classes() -> dict[str, str]:
+    """The classes that fairchem's models are given for these names; seconds of imports."""
+    from fairchem.core.common.registry import registry
+
+    found = {name: registry.get_model_class(name) for name in known()}
+    return {name: f"{cls.__module__}.{cls.__qualname__}" for name, cls in found.items()}
 
 
 class Probe:
-    """A data set whose only item is what its worker process resolves."""
+    """A data set whose only item is what its worker process knows."""
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> dict[str, str]:
-        return {"pid": str(os.getpid()), **resolve()}
+    def __getitem__(self, index: int) -> tuple[int, list[str]]:
+        return os.getpid(), known()
 
 
 def first_item(items: list) -> dict[str, str]:
     return items[0]
 
 
-def in_worker(method: str) -> dict[str, str]:
+def in_worker(method: str) -> list[str]:
     from torch.utils.data import DataLoader
 
     loader = DataLoader(
         Probe(), num_workers=1, multiprocessing_context=method, collate_fn=first_item
     )
-    answer = next(iter(loader))
-    assert answer.pop("pid") != str(os.getpid()), "the item was made in the main process"
+    pid, answer = next(iter(loader))
+    assert pid != os.getpid(), "the item was made in the main process"
     return answer
 
 
-def in_elastic_ranks() -> dict[str, dict[str, str]]:
+def in_elastic_ranks() -> dict[str, list[str]]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
@@ -75,7 +82,7 @@ def in_elastic_ranks() -> dict[str, dict[str, str]]:
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,
     )
-    answers = elastic_launch(config, resolve)()
+    answers = elastic_launch(config, known)()
     return {f"elastic rank {rank}": answer for rank, answer in answers.items()}
 
 
@@ -95,11 +102,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         executor = AutoExecutor(folder=folder, cluster="local")
         executor.update_parameters(timeout_min=5)
-        job = executor.submit(resolve)
-        answers = {"plain process": resolve(), "submitit job": job.result()}
+        job = executor.submit(known)
+        answers = {"plain process": known(), "submitit job": job.result()}
     answers |= in_elastic_ranks()
     answers |= {f"{method} worker": in_worker(method) for method in ("fork", "spawn", "forkserver")}
-    answers["error message"] = error_message()
+    answers |= {"classes": classes(), "error message": error_message()}
     # Into a file: libraries print to the standard output.
     Path(sys.argv[1]).write_text(json.dumps(answers))
 

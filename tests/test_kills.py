@@ -101,12 +101,12 @@ def test_control_c(folder: Path, undisturbed: tuple[Any, float]) -> None:
     run = Run(folder, "config.yaml")
     run.when(lambda: read_status(run_of(folder)).state == "running")
     assert holder(run_of(folder))["pid"] == run.pid
-    run.kill(signal.SIGSTOP)  # it would end first where the machine is busy
+    run.send_signal(signal.SIGSTOP)  # it would end first where the machine is busy
     second = Run(folder, "config.yaml", "job.seed=7", log="second")
     assert second.wait() == 1
-    run.kill(signal.SIGCONT)
+    run.send_signal(signal.SIGCONT)
     assert f"is in use by process {run.pid}" in second.said().strip().splitlines()[-1]
-    run.kill(signal.SIGINT)
+    run.send_signal(signal.SIGINT)
     assert run.wait() == 130
     status = read_status(run_of(folder))
     assert (status.state, status.reason) == ("interrupted", "SIGINT")
@@ -136,7 +136,7 @@ def test_two_ranks_stop_together(folder: Path, pair: Callable[[], list[Run]]) ->
     shutil.rmtree(run_of(folder))
     runs = pair()
     runs[0].when(steps_done(folder, 3))
-    runs[1].kill(signal.SIGTERM)
+    runs[1].send_signal(signal.SIGTERM)
     codes = [run.wait() for run in runs]
     if codes != [0, 0]:  # the last step was not done yet
         assert codes == [143, 143]

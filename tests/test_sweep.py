@@ -40,6 +40,7 @@ from escaip_fairchem.sweep.submit import executor_parameters
 from escaip_fairchem.sweep.table import watch
 from escaip_fairchem.train.lock import RunLock
 from escaip_fairchem.train.status import RunStatus, write_status
+from fork_runs import points_in_forks
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/oc20/escaip_2m.yml"
@@ -334,9 +335,9 @@ def swept(sample, tmp_path_factory):
 
 
 def run_sweep(folder: Path, *more: str) -> tuple[int, str]:
-    """Exit code and output of the command, in this process; its runs are processes."""
+    """Exit code and output of the command, in this process; its runs are forks."""
     text = io.StringIO()
-    with redirect_stdout(text), redirect_stderr(text):
+    with redirect_stdout(text), redirect_stderr(text), points_in_forks():
         command = ["sweep", str(RECIPE), str(folder / "s.yml"), "--dir", str(folder / "d")]
         code = main([*command, *SMALL, *more])
     return code, text.getvalue()
