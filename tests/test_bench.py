@@ -221,9 +221,24 @@ def test_graph_agrees_and_is_timed(tmp_path):
 
 def test_dynamics_runs_through_the_calculator(tmp_path):
     out = tmp_path / "md.csv"
-    argv = ["bench", "md", *TINY, "--sizes", "8", "--steps", "1", "--out", str(out)]
-    assert main(argv) == 0
-    assert [row["model"] for row in rows_of(out)][-1] == "ours, calculator"
+    argv = ["bench", "md", *TINY, "--sizes", "8,32", "--steps", "1", "--out", str(out)]
+    assert main([*argv, "--peers", "esen_K2L2", "--neighbors", "12", "--fits", "1"]) == 0
+    rows = rows_of(out)
+    steps = [row["model"] for row in rows if row["quantity"] == "md step"]
+    bare = [f"{name}, bare model" for name in (BUILTIN, OURS, "eSEN K2L2 12")]
+    assert steps == 2 * [*bare, "ours, calculator"]
+    peaks = {
+        (row["model"], int(row["atoms"])): float(row["max"])
+        for row in rows
+        if row["quantity"] == "peak of inference"
+    }
+    sizes = sorted({atoms for _, atoms in peaks})
+    for row in rows[-3:]:
+        small, large = (peaks[row["model"], size] for size in sizes)
+        # of a n + b n^2 through the two
+        square = max(0, (large / sizes[1] - small / sizes[0]) / (sizes[1] - sizes[0]))
+        linear, fit = large / sizes[1] - square * sizes[1], float(row["max"])
+        assert linear * fit + square * fit**2 == pytest.approx(1024, rel=0.1)  # rounded rows
 
 
 def test_what_runs_on_a_gpu_runs_on_a_cpu():

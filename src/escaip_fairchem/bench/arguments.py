@@ -113,6 +113,10 @@ def _add_md(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--sizes", default="10,100,1000", metavar="N,N", help="(10,100,1000)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="of each turn (5)")
+    parser.add_argument("--peers", default="", metavar="P,P", help=f"beside them, of {PEERS}")
+    parser.add_argument(
+        "--fits", type=float, metavar="GIB", help="estimate how many atoms each can have in them"
+    )
 
 
 def _add_peers(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 fairchem 2.24 cannot build a calculator of its built-in EScAIP, so that one is called without
 any calculator around it; ours is measured both ways, except in TF32, which fairchem's predict
-unit switches off.
+unit switches off. eSEN of the installed fairchem can stand beside them.
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ from escaip_fairchem.bench.measure import (
     kept_attention_switches,
     precision,
 )
+from escaip_fairchem.bench.models import Models
 from escaip_fairchem.bench.pair import batch_of, outputs, own_model_config
+from escaip_fairchem.bench.peers import esen_model
 from escaip_fairchem.bench.report import Row
 from escaip_fairchem.bench.structures import solid
+from escaip_fairchem.bench.sweep import expected_memory
 from escaip_fairchem.inference import calculator
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ase import Atoms
 
     from escaip_fairchem.bench.report import Report
@@ -40,10 +45,17 @@ if TYPE_CHECKING:
 #: Random weights give forces of any size; a step this short leaves the atoms where they are.
 TIME_STEP = 1e-3 * units.fs
 
-CALCULATOR, BARE = "ours, calculator", f"{OURS}, bare model"
+CALCULATOR = f"{OURS}, calculator"
 
 
-def run(settings: Settings, report: Report, sizes: list[int], steps: int) -> None:
+def run(
+    settings: Settings,
+    report: Report,
+    sizes: list[int],
+    steps: int,
+    peers: Sequence[str] = (),
+    fits: float | None = None,
+) -> None:
     """Time velocity Verlet of a rattled crystal of each size.
 
     Args:
@@ -51,19 +63,23 @@ def run(settings: Settings, report: Report, sizes: list[int], steps: int) -> Non
         report: Takes the rows, in milliseconds per step.
         sizes: About how many atoms.
         steps: Steps of each measurement.
+        peers: Sizes of eSEN, keys of `peers.ESEN`, with the same limit of neighbours.
+        fits: GiB; how many atoms a step of each model can have in them is estimated.
     """
     comparison = Comparison(settings)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inference_ckpt.pt"
         _save(comparison.models[OURS], settings, path)
         own = calculator(path, device=settings.device)
+    models = Models(settings, comparison.models | _esen(peers, settings), BUILTIN)
+    models.set_training(False)
     calculators: dict[str, Calculator] = {
-        f"{BUILTIN}, bare model": _BareModel(comparison, BUILTIN),
-        BARE: _BareModel(comparison, OURS),
+        f"{name}, bare model": _BareModel(model, settings) for name, model in models.models.items()
     }
     if settings.precision != "tf32":
         calculators[CALCULATOR] = own
-    for size in sizes:
+    used: dict[str, list[tuple[int, float]]] = {name: [] for name in models.models}
+    for size in sorted(sizes):
         atoms = solid(size, settings.seed)
         comparison.errors([atoms])
         calls = {name: _steps(atoms, each, steps) for name, each in calculators.items()}
@@ -72,6 +88,38 @@ def run(settings: Settings, report: Report, sizes: list[int], steps: int) -> Non
         for name, spread in spreads.items():
             report.add(_row(name, spreads, spread, settings, atoms, steps))
             print(f"  {steps / spread.min:.3g} steps per second")
+        if fits is not None:
+            for row in models.rows(("peak of inference",), [atoms]):
+                report.add(row)
+                used[row.model].append((len(atoms), row.max))
+    if fits is not None:
+        for name, past in used.items():
+            report.add(_largest(name, past, fits, settings))
+
+
+def _esen(sizes: Sequence[str], settings: Settings) -> dict[str, torch.nn.Module]:
+    return {
+        f"eSEN {size} {settings.neighbors}": esen_model(size, settings.neighbors, settings)
+        for size in sizes
+    }
+
+
+def _largest(name: str, past: list[tuple[int, float]], fits: float, settings: Settings) -> Row:
+    """The atoms of one system that fit, by the growth between the two largest that were measured.
+
+    See `sweep.expected_memory`.
+    """
+    few, many = 1, 2**24
+    while many - few > 1:
+        middle = (few + many) // 2
+        enough = expected_memory(past, middle) <= fits * 2**10
+        few, many = (middle, many) if enough else (few, middle)
+    print(f"{name}: about {few} atoms fit into {fits:g} GiB, by the growth up to {past[-1][0]}")
+    return Row(
+        model=name, quantity=f"fits into {fits:g} GiB, estimated", unit="atoms", systems=1,
+        atoms=past[-1][0], min=few, median=few, max=few, repeats=1,
+        common=settings.columns() | {"domain": "solid"},
+    )  # fmt: skip
 
 
 def _row(
@@ -132,9 +180,9 @@ class _BareModel(Calculator):
 
     implemented_properties = ("energy", "forces")
 
-    def __init__(self, comparison: Comparison, name: str) -> None:
+    def __init__(self, model: torch.nn.Module, settings: Settings) -> None:
         super().__init__()
-        self.comparison, self.model = comparison, comparison.models[name]
+        self.model, self.settings = model, settings
 
     def calculate(
         self,
@@ -144,9 +192,8 @@ class _BareModel(Calculator):
     ) -> None:
         """Energy and forces of the current atoms."""
         super().calculate(atoms, properties, system_changes)
-        used = self.comparison
-        batch = batch_of([self.atoms]).to(used.device)
-        gradients = torch.set_grad_enabled(not used.settings.direct)
+        batch = batch_of([self.atoms]).to(self.settings.torch_device)
+        gradients = torch.set_grad_enabled(not self.settings.direct)
         with gradients, kept_attention_switches():
             found = outputs(self.model, batch)
         self.results["energy"] = float(found["energy"].detach())

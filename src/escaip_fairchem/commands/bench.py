@@ -101,7 +101,10 @@ def _md(args: argparse.Namespace, settings: Settings, report: Report) -> None:
 
     if args.steps < 1:
         raise UserError(f"--steps is {args.steps}; give a positive number")
-    md.run(settings, report, _numbers("--sizes", args.sizes), args.steps)
+    known = tuple(arguments.PEERS.split(","))
+    peers = _names("--peers", args.peers, known) if args.peers else []
+    sizes = [name.removeprefix("esen_") for name in peers]
+    md.run(settings, report, _numbers("--sizes", args.sizes), args.steps, sizes, args.fits)
 
 
 def _peers(args: argparse.Namespace, settings: Settings, report: Report) -> None:
