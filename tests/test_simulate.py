@@ -195,6 +195,22 @@ def test_stopped_relaxations_go_on(tmp_path):
         relax_structures(model, named, tmp_path / "stopped", RelaxOptions(fmax=0.5, max_atoms=30))
 
 
+def test_more_steps_take_those_on_that_have_not_arrived(tmp_path):
+    named = [("near", copper_slab(0)), ("far", copper_slab(1))]
+    fmax = {"fmax": 0.03}
+    few = relax_structures(stopping(), named, tmp_path, RelaxOptions(steps=3, **fmax))[0]
+    assert [(r.steps, r.converged) for r in few] == [(3, False)] * 2
+    records, ends = relax_structures(stopping(), named, tmp_path, RelaxOptions(steps=200, **fmax))
+    assert all(record.converged for record in records)
+    for index, (record, end) in enumerate(zip(records, ends, strict=True)):
+        frames = ase.io.read(tmp_path / "trajectories" / f"{index:05d}.traj", ":")
+        assert len(frames) == record.steps + 1 > 4
+        end.calc = EMT()
+        assert np.linalg.norm(end.get_forces(), axis=1).max() <= 0.03 + 1e-9
+    nothing = stopping(0)  # raises at its first evaluation
+    assert relax_structures(nothing, named, tmp_path, RelaxOptions(steps=5, **fmax))[0] == records
+
+
 def test_saved_steps_are_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr("escaip_fairchem.simulate.relax.SAVE_SECONDS", 0.0)
     named = [("a", copper_slab())]

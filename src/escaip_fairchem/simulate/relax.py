@@ -86,7 +86,8 @@ def relax_structures(
 
     Into the folder: ``trajectories/00000.traj`` of each with energies and forces, ``relaxed.traj``
     with all ends, ``table.csv``. Constraints, tags and order of atoms are kept. One that is stopped
-    in between goes on from its last saved step, its optimizer without memory.
+    in between, or has not arrived after fewer steps than now, goes on from its last saved step, its
+    optimizer without memory.
 
     Args:
         model: What evaluates them.
@@ -107,6 +108,7 @@ def relax_structures(
         **asdict(options),
         "structures_sha256": fingerprint([atoms for _, atoms in structures]),
     }
+    del settings["steps"]  # with more of them it goes on
     with claimed(out, settings):
         _relax_missing(model, structures, out, options)
         records = [
@@ -181,7 +183,7 @@ class _Recorded(Relaxation):
 def _relax_missing(
     model: Model, structures: Sequence[tuple[str, Atoms]], out: Path, options: RelaxOptions
 ) -> None:
-    missing = [i for i in range(len(structures)) if not _record(out, i).is_file()]
+    missing = [i for i in range(len(structures)) if not _ended(out, i, options)]
     done = len(structures) - len(missing)
     display = open_display("relaxed", len(structures), done)
     saved, steps, start = time.monotonic(), 0, time.monotonic()
@@ -225,6 +227,13 @@ def _trajectory(out: Path, index: int) -> Path:
 
 def _record(out: Path, index: int) -> Path:
     return out / "records" / f"{index:05d}.json"
+
+
+def _ended(out: Path, index: int, options: RelaxOptions) -> bool:
+    if not (path := _record(out, index)).is_file():
+        return False
+    record = Relaxed(**json.loads(path.read_text()))
+    return record.converged or bool(record.error) or record.steps >= options.steps
 
 
 def _refuse(model: Model, structures: Sequence[tuple[str, Atoms]], options: RelaxOptions) -> None:
