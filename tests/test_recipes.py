@@ -406,6 +406,16 @@ def test_parts_of_few_frames_can_be_built_and_chosen_elsewhere() -> None:
     assert published.tasks[1].loss_fn.loss_fn == unit.tasks[1].loss_fn.loss_fn
 
 
+def test_energy_errors_per_atom() -> None:
+    """A structure's error counts by its number of atoms, whatever that is."""
+    tasks = compose(FEW, "tasks=huber_per_atom").runner.train_eval_unit.tasks
+    loss = hydra.utils.instantiate(tasks[0].loss_fn)
+    predicted, label = torch.tensor([1.0, -4.0]), torch.tensor([3.0, 4.0])
+    found = loss(predicted, label, mult_mask=torch.ones(2, dtype=bool), natoms=torch.tensor([4, 2]))
+    assert float(found) == pytest.approx(3 * (2 / 4 + 8 / 2) / 2)
+    assert tasks[1].loss_fn.loss_fn._target_.endswith("HuberNormLoss")
+
+
 def test_copied_recipe_composes_the_same(tmp_path: Path) -> None:
     copied = shutil.copy(PAPER, tmp_path / "mine.yml")
     same = ["job.timestamp_id=x", "cluster=cpu", "backbone=mini"]
