@@ -74,7 +74,7 @@ def read_lines(path: Path) -> Iterator[str]:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             yield from file
     except DAMAGED as error:
-        raise UserError(f"{path} is damaged ({error}); download it again") from None
+        raise UserError(f"{path} is damaged ({error}); make or download it again") from None
 
 
 def read_references(path: Path) -> dict[str, float]:
