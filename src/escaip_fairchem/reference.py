@@ -127,6 +127,9 @@ RECIPE_KEYS = {
     "fmax": "largest force on a free atom of a relaxed structure, eV/A",
     "relax_steps": "most steps of a relaxation",
     "maxstep": "longest move of an atom in a step of a relaxation, A",
+    "float64": "predict in double precision",
+    "entries": "computed structure entries of WBM, as Matbench Discovery publishes them",
+    "references": "its elemental reference entries",
     "job": "fairchem's job: `run_dir`, `run_name`, `timestamp_id` (the same again resumes), "
     "`device_type`, `scheduler`, `logger`",
 }  # fmt: skip

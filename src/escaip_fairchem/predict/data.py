@@ -35,13 +35,20 @@ class Structures(Dataset):
         splits: Folders or files of each split, as `escaip_fairchem.data.datasets.create_dataset`
             takes them.
         task: Data set of the checkpoint whose tasks are predicted.
+        dtype: Of the positions and cells that are predicted from; float32 if None.
 
     Raises:
         UserError: If a path holds no data.
     """
 
-    def __init__(self, splits: Mapping[str, str | Sequence[str]], task: str) -> None:
+    def __init__(
+        self,
+        splits: Mapping[str, str | Sequence[str]],
+        task: str,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.task = task
+        self.precision = {} if dtype is None else {"target_dtype": dtype}
         # below fairchem's concatenation and shuffling, which the rows of a plan do without
         self.splits = {
             name: create_dataset(task, name, src, no_shuffle=True).datasets[0].dataset
@@ -53,7 +60,7 @@ class Structures(Dataset):
         split, row = place
         dataset = self.splits[split]
         atoms = dataset.get_atoms(row)
-        data = dataset.a2g(atoms, sid="")
+        data = dataset.a2g(atoms, sid="", **self.precision)
         data.dataset = self.task
         info = atoms.info
         arrays = {

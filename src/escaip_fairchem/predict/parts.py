@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PLAN_NAME = "plan.json"
 #: Arrays with an entry an atom; all others have one a structure.
-PER_ATOM = ("numbers", "fixed", "forces")
+PER_ATOM = ("numbers", "fixed", "forces", "positions")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class PredictRunner(Runner):
         bf16: Predict under autocast in bfloat16; geometry and heads stay in float32.
         fp16: The same in float16.
         tf32: Allow TF32 matrix products.
+        float64: Predict in double precision.
         num_workers: Processes of each rank that load data.
         task: Data set of the checkpoint whose tasks are predicted, if it knows several.
         allow_unknown_elements: Predict elements that the checkpoint has no reference energy for;
@@ -75,6 +76,7 @@ class PredictRunner(Runner):
         bf16: bool = False,
         fp16: bool = False,
         tf32: bool = False,
+        float64: bool = False,
         num_workers: int = 0,
         task: str | None = None,
         allow_unknown_elements: bool = False,
@@ -83,6 +85,9 @@ class PredictRunner(Runner):
         self.splits = {name: src for name, src in splits.items() if src is not None}
         self.part_rows = part_rows
         self.settings = {"max_atoms": max_atoms, "bf16": bf16, "fp16": fp16, "tf32": tf32}
+        # a plan in single precision is as it was before there was another
+        self.settings |= {"float64": True} if float64 else {}
+        self.dtype = torch.float64 if float64 else torch.float32
         self.num_workers = num_workers
         self.task = task
         self.allow_unknown_elements = allow_unknown_elements
@@ -105,7 +110,7 @@ class PredictRunner(Runner):
         path = find_checkpoint(Path(self.checkpoint))
         tasks = [describe_task(task) for task in load_safely(path).tasks_config]
         task = choose_task(tasks, self.task)
-        structures = Structures(self.splits, task)
+        structures = Structures(self.splits, task, self.dtype)
         if distutils.is_master():
             self._plan(path, task, structures).write(self.folder)
         distutils.synchronize()
@@ -169,7 +174,9 @@ class PredictRunner(Runner):
         unit = load_predict_unit(
             path,
             device=device,
-            inference_settings=InferenceSettings(compile=False, tf32=self.settings["tf32"]),
+            inference_settings=InferenceSettings(
+                compile=False, tf32=self.settings["tf32"], base_precision_dtype=self.dtype
+            ),
         )
         names = {each.property: each.name for each in unit.dataset_to_tasks[task]}
 

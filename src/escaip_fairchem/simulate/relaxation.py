@@ -40,6 +40,7 @@ class Relaxation:
         atoms: Where it is now.
         results: ASE's results where they were last finite.
         positions: Where that was, (N, 3), A.
+        cell: The cell there.
         steps: Done so far.
         fmax: Largest force on a free atom then, eV/A; with a cell, of its filter.
         converged: Whether that is small enough.
@@ -51,7 +52,7 @@ class Relaxation:
     ) -> None:
         self.atoms = atoms
         self.results: Results = {}
-        self.positions, self._cell = atoms.positions.copy(), atoms.cell.copy()
+        self.positions, self.cell = atoms.positions.copy(), atoms.cell.copy()
         self.steps = 0
         self.fmax = np.nan
         self.converged = False
@@ -72,11 +73,9 @@ class Relaxation:
         """
         finite = all(np.isfinite(results[name]).all() for name in self._needed)
         if self.results and not finite:
-            self.atoms.set_cell(self._cell)
-            self.atoms.set_positions(self.positions, apply_constraint=False)
-            return False
+            return self._stay()
         self.results = results
-        self.positions, self._cell = self.atoms.positions.copy(), self.atoms.cell.copy()
+        self.positions, self.cell = self.atoms.positions.copy(), self.atoms.cell.copy()
         if not finite:
             return False
         self.atoms.calc = SinglePointCalculator(
@@ -90,7 +89,14 @@ class Relaxation:
         self._optimizer.step()
         self._optimizer.nsteps += 1
         self.steps += 1
-        return True
+        there = np.concatenate([self.atoms.positions, self.atoms.cell.array])
+        return bool(np.isfinite(there).all()) or self._stay()
+
+    def _stay(self) -> bool:
+        """Go back to where results were last finite, which is the end."""
+        self.atoms.set_cell(self.cell)
+        self.atoms.set_positions(self.positions, apply_constraint=False)
+        return False
 
 
 def evaluator(calculator: Calculator) -> Evaluate:

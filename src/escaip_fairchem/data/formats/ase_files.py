@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from escaip_fairchem.data.formats.base import Format, Part, Record
 from escaip_fairchem.data.frames import LabelKeys, labelled
@@ -154,27 +154,39 @@ def _row(get: Callable, **which: int) -> Atoms:
 
 
 def _extxyz(path: Path) -> Builders:
-    """Cut the file at the atom counts, so that it is read once, and parsed frame by frame."""
     with OPENERS.get(path.suffix, open)(path, "rb") as file:
-        header = file.readline()
-        while header:
-            if not header.strip():  # ASE would stop here, and not say so
-                header = file.readline()
-                continue
-            try:
-                n_atoms = int(header)
-            except ValueError:
-                raise UserError(
-                    f"ASE cannot read {path} (a number of atoms is expected in place of "
-                    f"{header[:40].decode(errors='replace').strip()!r}); correct or remove the "
-                    "frame before it"
-                ) from None
-            lines = [header, *islice(file, n_atoms + 1)]
+        yield from cut_extxyz(file, str(path))
+
+
+def cut_extxyz(file: BinaryIO, name: str) -> Builders:
+    """Cut a file at the atom counts, so that it is read once, and parsed frame by frame.
+
+    Args:
+        file: Extended XYZ, uncompressed.
+        name: For messages.
+
+    Raises:
+        UserError: A frame does not begin with its number of atoms.
+    """
+    header = file.readline()
+    while header:
+        if not header.strip():  # ASE would stop here, and not say so
             header = file.readline()
-            while header.lstrip().startswith(b"VEC"):
-                lines.append(header)
-                header = file.readline()
-            yield partial(_parse, b"".join(lines))
+            continue
+        try:
+            n_atoms = int(header)
+        except ValueError:
+            raise UserError(
+                f"ASE cannot read {name} (a number of atoms is expected in place of "
+                f"{header[:40].decode(errors='replace').strip()!r}); correct or remove the "
+                "frame before it"
+            ) from None
+        lines = [header, *islice(file, n_atoms + 1)]
+        header = file.readline()
+        while header.lstrip().startswith(b"VEC"):
+            lines.append(header)
+            header = file.readline()
+        yield partial(_parse, b"".join(lines))
 
 
 def _parse(text: bytes) -> Atoms:

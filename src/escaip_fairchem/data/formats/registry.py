@@ -22,6 +22,7 @@ FORMATS = (
     "spice_hdf5.SpiceHdf5",
     "npz.Npz",
     "vasp.VaspFolders",
+    "extxyz_zip.ExtxyzZip",
     "ase_files.AseFiles",
 )
 PACKAGE = __name__.rpartition(".")[0]
