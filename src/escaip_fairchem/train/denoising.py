@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,14 +50,14 @@ class Denoising:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        for name in ("prob", "corrupt_ratio"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise UserError(f"denoising.{name} must be above 0 and at most 1, got {value}")
-        for name in ("std", "weight", "max_force_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"denoising.{name} must be positive, got {value}")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name == "max_force_norm" and value is None:
+                continue
+            part = name in ("prob", "corrupt_ratio")
+            words = "a number above 0 and at most 1" if part else "a positive number"
+            if not isinstance(value, (int, float)) or not 0 < value <= (1 if part else math.inf):
+                raise UserError(f"denoising.{name} must be {words}, got {value}")
 
     def with_noise(self, tasks: Sequence[Task]) -> list[Task]:
         """Tasks with summed losses, and the noise as one more.
