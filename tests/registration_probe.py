@@ -19,6 +19,7 @@ NAMES = [
     "escaip_energy",
     "escaip_direct_forces",
     "escaip_direct_stress",
+    "escaip_denoising",
     "escaip_conservative",
 ]
 

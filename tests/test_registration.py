@@ -16,6 +16,7 @@ CLASSES = {
     "escaip_energy": "EnergyHead",
     "escaip_direct_forces": "DirectForceHead",
     "escaip_direct_stress": "DirectStressHead",
+    "escaip_denoising": "DenoisingHead",
     "escaip_conservative": "ConservativeHead",
 }
 PROCESSES = [

@@ -25,8 +25,10 @@ from escaip_fairchem.train.runner import TrainEvalRunner
 from escaip_fairchem.train.unit import TrainEvalUnit
 from helpers import one_thread
 from unit_parts import (
+    DENOISING,
     Answers,
     batches,
+    corrupted,
     evaluate,
     gradient,
     make_tasks,
@@ -138,6 +140,9 @@ def test_two_ranks_are_one_that_accumulates(
     data = batches(frames / "frames", GROUPS)
     assert largest(two[0]["gradient", form], gradient(unit, data[:2])) < 1e-5
     assert largest(two[0]["four", form], gradient(unit, data[:4])) < 1e-5
+    denoised = make_unit(tmp_path, form, accumulate=2, denoising=DENOISING)
+    noisy = corrupted(batches(frames / "frames", GROUPS))
+    assert largest(two[0]["denoised", form], gradient(denoised, noisy[:4])) < 1e-5
     before = weights(unit)
     train(unit, [data[i : i + 2] for i in range(0, 2 * STEPS, 2)])
     moved = (weights(unit) - before).abs().max()

@@ -29,9 +29,11 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from escaip_fairchem import EScAIP
+from escaip_fairchem.data.corruption import NOISE
 from escaip_fairchem.data.datasets import create_dataset
 from escaip_fairchem.data.loaders import EvaluationBatchSampler, get_dataloader
 from escaip_fairchem.data.store import SplitWriter
+from escaip_fairchem.train.denoising import Denoising
 from escaip_fairchem.train.evaluation import EvalUnit
 from escaip_fairchem.train.unit import TrainEvalUnit
 from helpers import SMALL
@@ -122,16 +124,29 @@ def batches(folder: Path, groups: list[list[int]], *, stress: bool = False) -> l
     return [collate([data[index] for index in group]) for group in groups]
 
 
-def small_model(preset: str = "paper", **backbone: Any) -> EScAIP:
+#: Noise on most of the atoms that can have it.
+DENOISING = Denoising(prob=0.7, std=0.1, corrupt_ratio=0.6, weight=0.3)
+
+
+def corrupted(batches: list[Any], denoising: Denoising = DENOISING) -> list[Any]:
+    """The batches with noise that their place in the list decides."""
+    for place, batch in enumerate(batches):
+        denoising.corrupt([batch], make_tasks(), place)
+    return batches
+
+
+def small_model(preset: str = "paper", *, denoising: bool = False, **backbone: Any) -> EScAIP:
     torch.manual_seed(0)
+    head = {NOISE: {"module": "escaip_fairchem.DenoisingHead"}} if denoising else {}
     return EScAIP(
         backbone={
             "model": "escaip_fairchem.EScAIPBackbone", "preset": preset, **SMALL,
-            **dict.fromkeys(DROPOUTS, 0.0), **backbone,
+            **dict.fromkeys(DROPOUTS, 0.0), "force_encoding": denoising, **backbone,
         },
         heads={
             "energy": {"module": "escaip_fairchem.EnergyHead"},
             "forces": {"module": "escaip_fairchem.DirectForceHead"},
+            **head,
         },
     )  # fmt: skip
 
@@ -140,7 +155,8 @@ def job_config(folder: Path) -> Any:
     path = folder / "config.yaml"
     text = {"job": {}, "runner": {"train_eval_unit": {"model": None, "tasks": None}}}
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(text)))
-    return OmegaConf.create({"debug": True, "logger": None, "metadata": {"config_path": str(path)}})
+    metadata = {"config_path": str(path)}
+    return OmegaConf.create({"debug": True, "logger": None, "seed": 0, "metadata": metadata})
 
 
 def make_unit(
@@ -153,7 +169,8 @@ def make_unit(
 ):
     """A training unit ready for `train_step`, with 20 steps to an epoch."""
     backbone = settings.pop("backbone", {})
-    model = settings.pop("model", None) or small_model(form, **backbone)
+    denoising = settings.get("denoising") is not None
+    model = settings.pop("model", None) or small_model(form, denoising=denoising, **backbone)
     # a large eps, or AdamW would move by the sign of gradients that are rounding errors
     adamw = partial(torch.optim.AdamW, lr=1e-3, eps=1e-3, weight_decay=1e-3)
     unit = kind(

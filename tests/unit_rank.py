@@ -10,8 +10,10 @@ import torch
 
 from escaip_fairchem.train.optim import Muon
 from unit_parts import (
+    DENOISING,
     Answers,
     batches,
+    corrupted,
     evaluate,
     gradient,
     make_tasks,
@@ -36,12 +38,15 @@ def main(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     found = {}
     mine = batches(folder / "frames", GROUPS[rank::2])
+    noisy = corrupted(batches(folder / "frames", GROUPS))[rank::2]
     with ranks(folder, rank, 2):
         for form in ("paper", "v2"):
             unit = make_unit(folder, form)
             found["gradient", form] = gradient(unit, mine[:1])
             # two batches of two ranks in a step; the second pass alone sends gradients
             found["four", form] = gradient(unit, mine[:2])
+            denoised = make_unit(folder, form, denoising=DENOISING)
+            found["denoised", form] = gradient(denoised, noisy[:2])
             train(unit, [[batch] for batch in mine])
             found["plain", form] = weights(unit)
         found["bytes", "plain"] = state_bytes(unit.optimizer)

@@ -17,6 +17,7 @@ _PUBLIC = {
     "EnergyHead": "heads",
     "DirectForceHead": "heads",
     "DirectStressHead": "heads",
+    "DenoisingHead": "heads",
     "ConservativeHead": "heads",
     "LegacyLmdbDataset": "data.legacy_dataset",
     "calculator": "inference",

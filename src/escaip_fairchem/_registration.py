@@ -30,6 +30,7 @@ SHORT_NAMES = {
     "escaip_energy": "EnergyHead",
     "escaip_direct_forces": "DirectForceHead",
     "escaip_direct_stress": "DirectStressHead",
+    "escaip_denoising": "DenoisingHead",
     "escaip_conservative": "ConservativeHead",
 }
 

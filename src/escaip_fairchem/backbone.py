@@ -20,7 +20,7 @@ from escaip_fairchem.blocks import (
 )
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.features import RadialBasis, bond_orientational_order
+from escaip_fairchem.features import RadialBasis, bond_orientational_order, force_projections
 from escaip_fairchem.graph import FAR, NeighborGraph, build_graph
 from escaip_fairchem.kernels import AttentionGeometry
 from escaip_fairchem.layers import names_without_decay, norm_factory
@@ -71,7 +71,9 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
 
         Args:
             data: fairchem's batch; reads pos, cell, pbc, atomic_numbers, batch, natoms; sets
-                `batch_full` and `atomic_numbers_full`, which element references read.
+                `batch_full` and `atomic_numbers_full`, which element references read. With
+                `force_encoding` also encoded_forces, if there are any: forces that are given as an
+                input, in any unit, [N, 3].
 
         Returns:
             node_features [N, H], edge_features [E, H] or None, graph (`NeighborGraph`),
@@ -90,6 +92,10 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             structures, leaves = self._strained(data)
             graph = build_graph(structures, self.config)
             inputs = self._features(graph, data["atomic_numbers"], structures.system_idx)
+            if self.config.force_encoding and "encoded_forces" in data:
+                inputs.forces = force_projections(
+                    data["encoded_forces"], graph.directions, graph.receivers, graph.senders
+                )
         node_features, edge_features = self._encode(inputs)
         return {
             "node_features": node_features,
@@ -211,7 +217,8 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
                 continue
             if self.config.layout == "paper":
                 nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         if self.config.init == "resolved":
             for module in self.modules():
                 if isinstance(module, EdgeAttributes):

@@ -43,6 +43,7 @@ class BlockInputs:
         counts: Edges of each atom, [N].
         system_idx: Structure of each atom, [N].
         attention: Geometry of the attention.
+        forces: `force_projections` of the forces that are an input, [E, 4]; None without.
         first: Atom that `starts`, `counts` and `system_idx` begin with; not 0 in a chunk.
     """
 
@@ -55,6 +56,7 @@ class BlockInputs:
     counts: Tensor
     system_idx: Tensor
     attention: AttentionGeometry
+    forces: Tensor | None = None
     first: int = 0
 
     def chunks(self, size: int) -> list[BlockInputs]:
@@ -77,6 +79,7 @@ class BlockInputs:
                 counts=self.counts[atoms],
                 system_idx=self.system_idx[atoms],
                 attention=self.attention.chunk(atoms, edges),
+                forces=None if self.forces is None else self.forces[edges],
                 first=first,
             )
             chunks.append(part)
@@ -89,7 +92,8 @@ Norm = Callable[[], nn.Module]
 class EdgeAttributes(nn.Module):
     """Edge attributes from distance, and species and BOO of both ends (paper, Figure 3).
 
-    None of it depends on the hidden state; species and BOO parts are computed per atom.
+    None of it depends on the hidden state; species and BOO parts are computed per atom. For
+    denoising (`force_encoding`) forces on both ends are added where they are an input.
     """
 
     def __init__(self, config: EScAIPConfig) -> None:
@@ -105,6 +109,10 @@ class EdgeAttributes(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.mlp_dropout)
         self.recompute = config.recompute
+        # without a bias, so that no forces are no input
+        self.forces = (
+            nn.Linear(4, config.hidden_size, bias=False) if config.force_encoding else None
+        )
         nn.init.uniform_(self.source_species.weight, -0.001, 0.001)
         nn.init.uniform_(self.target_species.weight, -0.001, 0.001)
 
@@ -144,10 +152,19 @@ class EdgeAttributes(nn.Module):
         source = source + F.linear(self.source_species(x.species), weights[2])
         return distance, source, target + F.linear(self.target_species(x.species), weights[4])
 
-    def gather(self, x: BlockInputs, distance: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """Attributes of each edge, [E, H], from `terms`."""
+    def encoder(self, x: BlockInputs) -> tuple[Tensor, ...]:
+        """The weight of the force encoding, if forces are an input."""
+        return () if self.forces is None or x.forces is None else (self.forces.weight,)
+
+    def gather(
+        self, x: BlockInputs, distance: Tensor, source: Tensor, target: Tensor, *encoder: Tensor
+    ) -> Tensor:
+        """Attributes of each edge, [E, H], from `terms` and `encoder`."""
         total = distance.index_select(0, x.rbf.rows).add_(source.index_select(0, x.senders))
-        return self.dropout(self.activation(total.add_(target.index_select(0, x.receivers))))
+        total.add_(target.index_select(0, x.receivers))
+        for weight in encoder:
+            total = total + F.linear(x.forces, weight)
+        return self.dropout(self.activation(total))
 
 
 def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
@@ -187,7 +204,7 @@ class InputBlock(nn.Module):
 
     def forward(self, prepared: tuple[Tensor, ...], x: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Node features [N, H] and, if anything reads them, edge features [E, H]."""
-        attributes = self.attributes.gather(x, *prepared)
+        attributes = self.attributes.gather(x, *prepared, *self.attributes.encoder(x))
         normed = self.attribute_norm(attributes)
         residual = attributes if self.residual_before_norm else normed
         edge = residual + self.ffn(normed)
@@ -256,12 +273,14 @@ class NeighborAttention(nn.Module):
             """What the message is made of; gathers and activations are cheap to repeat."""
             source, target = given[3:5]
             pair = source.index_select(0, x.senders).add_(target.index_select(0, x.receivers))
-            hidden = [attributes.gather(x, *given[:3])]
-            hidden[0] = self.attribute_norm(hidden[0], *given[count:])
+            hidden = [attributes.gather(x, *given[:3], *given[last:])]
+            hidden[0] = self.attribute_norm(hidden[0], *given[count:last])
             hidden += [self.dropout(self.activation(part)) for part in (*given[5:count], pair)]
             return tuple(hidden)
 
         inputs += self.attribute_norm.parameters()
+        last = len(inputs)
+        inputs += attributes.encoder(x)
         linear = self.message.weight, self.message.bias
         repeatable = self.recompute and not (self.training and self.dropout.p > 0)
         message = prologue_linear(*linear, parts, *inputs, recompute=repeatable)

@@ -194,6 +194,7 @@ class EScAIPConfig:
     energy_head_norm: bool = True  # False: the built-in's gradient head, which skips it
     energy_head_gain: float = None
     force_weights: str = "vector"  # "scalar" makes direct forces exactly equivariant
+    force_encoding: bool = False  # for denoising: forces as an input, in training only
 
     # training memory: keep everything | of a direct model, compute activations, norms and gathers
     # again in the backward pass | compute whole blocks again

@@ -16,7 +16,7 @@ from escaip_fairchem.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-UNITS = {"energy": "eV", "forces": "eV/A", "stress": "eV/A^3"}
+UNITS = {"energy": "eV", "forces": "eV/A", "stress": "eV/A^3", "noise": "A"}
 _BACKBONES = ("escaip_fairchem.EScAIPBackbone", "escaip_fairchem.backbone.EScAIPBackbone", "escaip")
 INFERENCE_NAME = "inference_ckpt.pt"
 

@@ -175,6 +175,28 @@ def bond_orientational_order(
     return q
 
 
+def force_projections(
+    forces: Tensor, directions: Tensor, receivers: Tensor, senders: Tensor
+) -> Tensor:
+    """Numbers of each edge that say what forces act on its ends, unchanged by rotations.
+
+    The projections on the directions to all neighbours fix a force. Zero forces give zeros.
+
+    Args:
+        forces: Of the atoms, [N, 3].
+        directions: Unit vectors of the edges, zero for a self edge, [E, 3].
+        receivers: Atom that each edge belongs to, [E].
+        senders: Its neighbour, [E].
+
+    Returns:
+        Projections of the forces on atom and neighbour, and lengths of both forces, [E, 4].
+    """
+    lengths = torch.linalg.vector_norm(forces, dim=1)
+    ends = receivers, senders
+    projections = [(forces.index_select(0, end) * directions).sum(1) for end in ends]
+    return torch.stack([*projections, *(lengths.index_select(0, end) for end in ends)], dim=1)
+
+
 def legendre(cosines: Tensor, lmax: int) -> list[Tensor]:
     """Legendre polynomials P_0..P_lmax by Bonnet's recurrence.
 

@@ -152,6 +152,30 @@ class DirectForceHead(_Head):
         return {"forces": total * self.magnitude(self.node_norm(node))}
 
 
+class DenoisingHead(DirectForceHead):
+    """The noise on each atom, predicted like direct forces; for training only.
+
+    In evaluation it computes nothing, unless the model is given forces to denoise with.
+
+    Args:
+        backbone: The `EScAIPBackbone`, with ``direct_forces`` and ``force_encoding: true``.
+
+    Raises:
+        UserError: The backbone has no edge features, or no force encoding.
+    """
+
+    def __init__(self, backbone: EScAIPBackbone) -> None:
+        super().__init__(backbone)
+        if not self.config.force_encoding:
+            raise UserError("DenoisingHead needs a backbone with force_encoding: true")
+
+    def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
+        """{"noise": [N, 3]}, in units of its standard deviation."""
+        if not self.training and "encoded_forces" not in data:
+            return {}
+        return {"noise": super().forward(data, emb)["forces"]}
+
+
 class DirectStressHead(_Head):
     """Stress without differentiation, from the rank-2 head of the authors' MPtrj model.
 

@@ -35,7 +35,8 @@ class EScAIP(HydraModel):
         outputs = {}
         for name, result in super().forward(data).items():
             nested = any(isinstance(value, dict) for value in result.values())
-            outputs.update(result if nested else {name: result})
+            if result:  # a head that serves training alone has nothing to say outside of it
+                outputs.update(result if nested else {name: result})
         return outputs
 
     def add_tasks(self, tasks: Sequence[Task]) -> None:

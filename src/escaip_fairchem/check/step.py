@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from escaip_fairchem.bench.measure import peak_bytes
 from escaip_fairchem.data.energies import use_exact_energy
 from escaip_fairchem.graph import Structures, build_graph
-from escaip_fairchem.train.counting import loss_counts, loss_weights
+from escaip_fairchem.train.counting import loss_weights
 from escaip_fairchem.train.runner import instantiate
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def take_step(unit: TrainEvalUnit, batches: Batches, device: torch.device, repor
     smallest = int(batches.atoms.argmin())
     most = FIRST_ATOMS if device.type == "cpu" else int(batches.atoms.max())
     batch = batches.first_of(smallest, most)
+    unit.prepare([batch])
     unit.load_scheduler(batches.batches_per_epoch)
     unit.model.train()
     trained = {n: p for n, p in unit.model.named_parameters() if p.requires_grad}
@@ -166,6 +167,7 @@ def take_step(unit: TrainEvalUnit, batches: Batches, device: torch.device, repor
     _judge_gradients(trained, reached, report)
     larger = _larger(batches, samples[0], device)
     if larger is not None:
+        unit.prepare([larger])
         samples.append(_measure(unit, larger, device))
     for hook in hooks:
         hook.remove()
@@ -231,7 +233,7 @@ def _judge_loss(unit: TrainEvalUnit, batch: Any, loss: float, report: Report) ->
     """Compare the first loss with that of the mean energy and no forces."""
     batch = batch.clone().to(distutils.get_device_for_local_rank())
     batch["atomic_numbers_full"], batch["batch_full"] = batch["atomic_numbers"].long(), batch.batch
-    weights = loss_weights(unit._losses, loss_counts(unit._losses, batch), 1)
+    weights = loss_weights(unit._losses, unit.counts(batch), 1)
     nothing = {
         task.name: {task.property: torch.zeros_like(batch[task.name], requires_grad=True)}
         for task in unit._losses

@@ -31,7 +31,8 @@ class MetricsCallback(Callback):
     """Writes metrics.csv into the folder of the run, and the same numbers for TensorBoard.
 
     A row is written every `every_n_steps` steps (mean training loss on the first rank since the
-    row before, structures seen by all ranks so far) and after every evaluation. A run that is
+    row before, with denoising also the mean length of the error of the noise, structures seen by
+    all ranks so far) and after every evaluation. A run that is
     resumed continues its file, with the rows and losses that it had when the checkpoint was
     written.
 
@@ -50,6 +51,7 @@ class MetricsCallback(Callback):
         self._board: Any = None
         self._columns: list[str] = []
         self._losses: list[Any] = []
+        self._noise: list[Any] = []  # sums and numbers, see `Denoising.error`
         self._unwritten: list[dict[str, Any]] = []
         self._rows = 0
         self._samples: int | None = 0  # of all ranks, up to the last row; None if not known
@@ -73,6 +75,7 @@ class MetricsCallback(Callback):
             rows, self._losses = rows[: self._resumed["rows"]], list(self._resumed["losses"])
             # a checkpoint of an earlier version has not counted them
             self._samples, self._new_samples = self._resumed.get("samples", (None, 0))
+            self._noise = list(self._resumed.get("noise", []))
         self._rows = len(rows)
         self._start = time.monotonic() - (rows[-1]["wall_time_s"] if rows else 0.0)
         self._columns = list(dict.fromkeys([*_COLUMNS, *(name for row in rows for name in row)]))
@@ -94,6 +97,7 @@ class MetricsCallback(Callback):
             "rows": self._rows,
             "losses": [float(loss) for loss in self._losses],
             "samples": (self._samples, self._new_samples),
+            "noise": [[float(number) for number in pair] for pair in self._noise],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,6 +112,8 @@ class MetricsCallback(Callback):
         """Collect the loss; write the mean of the last steps."""
         # Kept as it is: reading a tensor on a GPU would stop the GPU at every step.
         self._losses.append(unit.last_loss)
+        if unit.last_noise is not None:
+            self._noise.append(unit.last_noise)
         self._new_samples += unit.last_samples
         if unit.train_progress.num_steps_completed % self.every_n_steps == 0:
             self._add_row(unit, {})
@@ -130,6 +136,8 @@ class MetricsCallback(Callback):
         # a step that was left out may have none
         losses = [value for value in map(float, self._losses) if math.isfinite(value)]
         self._losses = []
+        total, moved = (sum(float(pair[i]) for pair in self._noise) for i in range(2))
+        self._noise = []
         self._rows += 1
         seen, self._new_samples = sum(gathered(self._new_samples)), 0
         if self._samples is not None:
@@ -140,6 +148,7 @@ class MetricsCallback(Callback):
             "lr": unit.scheduler.get_last_lr()[0],
             "wall_time_s": round(time.monotonic() - self._start, 2),
             **({"train_loss": sum(losses) / len(losses)} if losses else {}),
+            **({"train_noise_error": total / moved} if moved else {}),
             **({} if self._samples is None else {"samples": self._samples}),
             **metrics,
         }

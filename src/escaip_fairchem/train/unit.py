@@ -21,6 +21,7 @@ from escaip_fairchem.data.rotation import rotate_all
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.averaging import warmed_up_average
 from escaip_fairchem.train.counting import loss_counts, loss_weights, summed
+from escaip_fairchem.train.denoising import require_parts
 from escaip_fairchem.train.evaluation import EvalUnit, device_type, reduced_precision
 from escaip_fairchem.train.later import Later
 from escaip_fairchem.train.nonfinite import FiniteCheck
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fairchem.core.datasets.atomic_data import AtomicData
     from torchtnt.framework import State
 
+    from escaip_fairchem.train.denoising import Denoising
     from escaip_fairchem.train.signals import Signals
 
 #: A loss scale below this means gradients that are not finite in any precision.
@@ -61,6 +63,7 @@ class TrainEvalUnit(SavedUnit):
         fp16: The same in float16, with loss scaling, for GPUs without bfloat16.
         shard_optimizer: Share the states of the optimizer out among the ranks.
         rotate: Turn each training structure at random, anew at each step.
+        denoising: Corrupt some training structures and learn the noise; None: none.
         on_nan: ``stop`` or ``skip``, where a loss or gradient is not finite; see `FiniteCheck`.
         kwargs: As for fairchem's unit.
 
@@ -72,6 +75,8 @@ class TrainEvalUnit(SavedUnit):
     signals: Signals | None = None
     #: Structures of the last step, on this rank.
     last_samples: int = 0
+    #: Of the last step on this rank, what `Denoising.error` says; None without denoising.
+    last_noise: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -82,6 +87,7 @@ class TrainEvalUnit(SavedUnit):
         fp16: bool = False,
         shard_optimizer: bool = False,
         rotate: bool = False,
+        denoising: Denoising | None = None,
         on_nan: str = "stop",
         **kwargs: Any,
     ) -> None:
@@ -106,17 +112,22 @@ class TrainEvalUnit(SavedUnit):
         # an empty group, as frozen parts may leave it, would be saved but could not be loaded
         groups = self.optimizer.param_groups
         self.optimizer.param_groups = [group for group in groups if group["params"]]
-        require_one_scale(getattr(self.model, "module", self.model), self.tasks)
+        model = getattr(self.model, "module", self.model)  # of DDP
+        require_one_scale(model, self.tasks)
+        require_parts(model, denoising)
         self.ema_model.multi_avg_fn = warmed_up_average(ema_decay)
         self.accumulate = accumulate
         self.shard_optimizer = shard_optimizer
-        self._rotates = rotate
+        self._rotates, self._denoising = rotate, denoising
         self._finite = FiniteCheck(Path(self.job_config.metadata.config_path).parent, on_nan)
         self._flags = Later()
         self._epoch_is_over = False
         self.autocast_enabled, self.autocast_dtype = dtype is not None, dtype or torch.bfloat16
         self.scaler = torch.amp.GradScaler(device_type(), enabled=fp16)
-        self._losses = summed(self.tasks)
+        self._losses = self._counted = summed(self.tasks)
+        if denoising is not None:
+            self._losses = denoising.with_noise(self._losses)
+            self._counted = denoising.counted(self._losses)
         evaluated = self.eval_unit.model
         self.eval_unit = EvalUnit(
             self.job_config, None, self.tasks, bf16=bf16, fp16=fp16, tf32=self.tf32
@@ -159,9 +170,7 @@ class TrainEvalUnit(SavedUnit):
         """
         self._finite.look()
         self.last_samples = sum(len(batch.natoms) for batch in data)
-        if self._rotates:
-            step, rank = self.train_progress.num_steps_completed, distutils.get_rank()
-            rotate_all(data, self.job_config.seed, step, rank)
+        self.prepare(data)
         try:
             self.last_loss = self._backward(data)
             moved = self._move(data)
@@ -175,17 +184,34 @@ class TrainEvalUnit(SavedUnit):
         if moved:
             self.scheduler.step()
 
+    def prepare(self, batches: list[AtomicData]) -> None:
+        """Rotate and corrupt structures at random, as far as that is wanted.
+
+        Args:
+            batches: Of this rank, for the step that is about to begin; their tensors are replaced.
+        """
+        if not self._rotates and self._denoising is None:
+            return
+        # what alone decides it
+        step, rank = self.train_progress.num_steps_completed, distutils.get_rank()
+        place = self.job_config.seed, step, rank
+        if self._rotates:
+            rotate_all(batches, *place)
+        if self._denoising is not None:
+            self._denoising.corrupt(batches, self._losses, *place)
+
     def _backward(self, batches: list[AtomicData]) -> torch.Tensor:
         """Leave the gradient of the step in the parameters; the loss of this rank's batches."""
         device = distutils.get_device_for_local_rank()
         # counted before they go to the GPU, which then never waits for the CPU
-        counts = torch.stack([loss_counts(self._losses, batch) for batch in batches]).sum(0)
+        counts = torch.stack([self.counts(batch) for batch in batches]).sum(0)
         flags = counts.new_tensor(self.signals.flags() if self.signals else [])
         shared = distutils.all_reduce(torch.cat([counts, flags]).to(device))
         counts, flags = shared.split([len(counts), len(flags)])
         self._flags.put(flags)
         weights = loss_weights(self._losses, counts, distutils.get_world_size())
         self._losses_of_step: list[dict[str, torch.Tensor]] = []
+        self.last_noise = None
         total = 0.0
         for index, batch in enumerate(batches, start=1):
             # gradients are averaged over ranks once, by the last backward pass
@@ -196,6 +222,10 @@ class TrainEvalUnit(SavedUnit):
             total = total + loss.detach()
         return total
 
+    def counts(self, batch: AtomicData) -> torch.Tensor:
+        """What the summed losses of a batch are to be divided by, [losses]."""
+        return loss_counts(self._counted, batch)
+
     def _loss(self, batch: AtomicData, weights: torch.Tensor) -> torch.Tensor:
         with torch.autocast(
             device_type(), enabled=self.autocast_enabled, dtype=self.autocast_dtype
@@ -203,6 +233,9 @@ class TrainEvalUnit(SavedUnit):
             predictions = self.model(batch)
             use_exact_energy(batch)
             losses = mlip_unit.compute_loss(self._losses, predictions, batch)
+        if self._denoising is not None:
+            noise = self._denoising.error(predictions, batch)
+            self.last_noise = noise if self.last_noise is None else self.last_noise + noise
         losses = dict(zip(losses, map(torch.mul, weights, losses.values()), strict=True))
         self._losses_of_step.append({name: loss.detach() for name, loss in losses.items()})
         return sum(losses.values())
@@ -298,6 +331,9 @@ class TrainEvalUnit(SavedUnit):
         }
         if self.last_grad_norm is not None:
             self.last_grad_norm = log["train/grad_norm"] = float(self.last_grad_norm)
+        if self.last_noise is not None:
+            total, number = self.last_noise.tolist()
+            log["train/noise_error"] = total / number if number else math.nan
         if self.scaler.is_enabled():
             log["train/loss_scale"] = self.scaler.get_scale()
         if self.logger is not None:

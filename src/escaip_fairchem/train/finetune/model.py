@@ -13,6 +13,7 @@ from escaip_fairchem.describe import describe_task, find_checkpoint, load_safely
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.files import whole_file
 from escaip_fairchem.model import EScAIP
+from escaip_fairchem.train.denoising import fit_denoising
 from escaip_fairchem.train.finetune.conservative import as_conservative, conservative_head
 from escaip_fairchem.train.scales import require_scale_of_start
 from escaip_fairchem.train.unit import TrainEvalUnit
@@ -53,10 +54,11 @@ def build_model(
         raise UserError("no checkpoint to begin with; add start=RUN, the folder of a training")
     checkpoint = load_safely(find_checkpoint(Path(start)))
     weights = average_weights(checkpoint)
+    built = EScAIP(**model)
+    weights = fit_denoising(weights, built)
     head = conservative_head(model["heads"])
     if head is not None and conservative_head(checkpoint.model_config["heads"]) is None:
         weights = as_conservative(weights, checkpoint.model_config, head)
-    built = EScAIP(**model)
     built.start_tasks = [describe_task(task) for task in checkpoint.tasks_config]
     try:
         built.load_state_dict(weights)

@@ -12,6 +12,7 @@ import torch
 from escaip_fairchem.data.references import NUM_REFERENCES
 from escaip_fairchem.describe import find_checkpoint, load_safely, read_config
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.train.denoising import belongs_to_denoising
 from escaip_fairchem.train.finetune.conservative import conservative_head, is_conservative
 from escaip_fairchem.train.finetune.model import average_weights
 
@@ -106,6 +107,7 @@ def read_start(path: Path, label: str | None = None) -> Start:
     path = find_checkpoint(path)
     checkpoint = load_safely(path)
     model = _plain(checkpoint.model_config)
+    model["backbone"].pop("force_encoding", None)  # stays behind, like all that served denoising
     config = read_config(path, model["backbone"])
     if checkpoint.ema_state_dict is None:
         raise UserError(f"{path} has no averaged weights; train with ema_decay=0 or above")
@@ -167,6 +169,8 @@ def _renamed(weights: dict, names: dict[str, str]) -> dict:
     for key, value in weights.items():
         before, found, rest = key.partition("output_heads.")
         head, _, inner = rest.partition(".")
+        if belongs_to_denoising(key):
+            continue
         if not found:
             kept[key] = value
         elif head in names:
