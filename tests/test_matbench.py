@@ -265,6 +265,7 @@ def test_metrics_by_hand() -> None:
     assert table["most_stable_10k"] == pytest.approx(small)  # fewer than 10,000
 
 
+@pytest.mark.full
 def test_own_code_of_the_benchmark_agrees(folder: Path, results: tuple[Path, float]) -> None:
     """Its metrics of our file; needs a clone of its repository on the path."""
     theirs = pytest.importorskip("matbench_discovery.metrics.discovery")
