@@ -1,9 +1,10 @@
 """The `fairchem` command in forks of a process that has imported everything.
 
-A run takes 3 s in place of 15, of which most are imports, compilation of the sampler, and a report
-of the machine, for which fairchem imports torch once more. In everything else a run is that of the
-command: a process of its own, its environment, its exit. Run as a script this is the process that
-imports and forks.
+A run takes 3 s in place of 20, of which most are imports, compilation of the sampler, a report of
+the machine, for which fairchem imports torch once more, and the search for unused keys in the
+configuration, which tests of the recipes do. In everything else a run is that of the command: a
+process of its own, its environment, its exit. Run as a script this is the process that imports and
+forks.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Run:
         port: Free on this machine.
         log: File in the folder for the output, after what is in it.
         errors: The same for the standard error, if apart.
+        search: Look for unused keys, too, as the command does.
         environment: Variables besides those of this process.
     """
 
@@ -49,6 +51,7 @@ class Run:
         port: int = 0,
         log: str = "log",
         errors: str | None = None,
+        search: bool = False,
         **environment: str,
     ) -> None:
         self.log = folder / f"{log}{rank or ''}"
@@ -64,6 +67,7 @@ class Run:
             "exit": str(self._exit),
             "rank": rank,
             "port": port,
+            "search": search,
             "environment": {
                 **os.environ, "ESCAIP_DATA": "data", "OMP_NUM_THREADS": "1", **environment
             },
@@ -116,13 +120,13 @@ class Run:
 
 
 def launch(
-    folder: Path, *arguments: str | Path, **environment: str
+    folder: Path, *arguments: str | Path, search: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``fairchem -c ARGUMENTS`` to its end."""
+    """Run ``fairchem -c ARGUMENTS`` to its end; see `Run`."""
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [Path(scratch) / name for name in ("stdout", "stderr")]
         log, errors = map(str, outputs)
-        run = Run(folder, *arguments, log=log, errors=errors, **environment)
+        run = Run(folder, *arguments, log=log, errors=errors, search=search, **environment)
         code = run.wait()
         return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in outputs))
 
@@ -240,6 +244,7 @@ def _main() -> None:
     import escaip_fairchem.train.runner
     import escaip_fairchem.train.summary
     import escaip_fairchem.train.unit  # noqa: F401
+    from run_helpers import without_search
 
     # starts one more process that imports torch
     slurm_launch.write_environment_report = lambda *args, **kwargs: None
@@ -249,6 +254,8 @@ def _main() -> None:
     if job is None:
         return
     _become(job)
+    if not job["search"]:
+        _cli.get_canonical_config = without_search
     if job["rank"] is None:
         _cli.main()
     else:

@@ -50,14 +50,14 @@ def compose_quickly(recipe: str, overrides: Sequence[str]) -> Any:
 
     It is done once for each recipe.
     """
-    search = _without_search if recipe in _SEARCHED else _cli.get_canonical_config
+    search = without_search if recipe in _SEARCHED else _cli.get_canonical_config
     with mock.patch.object(_cli, "get_canonical_config", search):
         config = _cli.get_hydra_config_from_yaml(recipe, list(overrides))
     _SEARCHED.add(recipe)
     return config
 
 
-def _without_search(config: Any) -> Any:
+def without_search(config: Any) -> Any:
     """fairchem's `get_canonical_config` less the search."""
     job = OmegaConf.to_object(config.job)
     job.__post_init__()

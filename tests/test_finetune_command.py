@@ -32,7 +32,7 @@ def run_line(line: str) -> None:
         assert main(arguments) == 0, line
         return
     assert arguments.pop(0) == "-c"
-    done = launch(Path.cwd(), *arguments)
+    done = launch(Path.cwd(), *arguments, search=arguments[0].endswith("recipe.yml"))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from escaip_fairchem.data.sample import DOMAINS, make_sample
 from escaip_fairchem.train.callbacks import read_metrics
 from escaip_fairchem.train.loss import HuberNormLoss
 from escaip_fairchem.train.optim import Muon
+from fork_runs import launch
 from run_helpers import compose_quickly
 
 RECIPES = Path(__file__).parents[1] / "configs"
@@ -238,16 +235,6 @@ def test_published_numbers(recipe: Path) -> None:
     assert {key: found[key] for key in PUBLISHED[recipe]} == PUBLISHED[recipe]
 
 
-# fairchem's command, several times in one process, without its report of the machine, which imports
-# torch anew each time.
-TRAIN = """
-import argparse, json, sys
-from fairchem.core._cli import main
-from fairchem.core.launchers import slurm_launch
-slurm_launch.write_environment_report = lambda *args, **kwargs: None
-for recipe, overrides in json.loads(sys.argv[1]):
-    main(argparse.Namespace(config=recipe), overrides)
-"""
 COMMAND = (
     "cluster=cpu", "backbone=tiny", "dataset=sample", "epochs=null", "steps=20", "lr=1e-3",
     "max_atoms=60", "optim.warmup_epochs=0.01", "runner.callbacks.0.every_n_steps=1",
@@ -263,23 +250,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for domain in DOMAINS:
         make_sample(domain, root / domain / "sample", n_frames=24)
     (root / "configs").mkdir()
-    jobs = []
     for recipe in TRAINED:
         own = [f"job.run_dir={root}/runs", f"job.timestamp_id={name_of(recipe)}"]
         if recipe in STARTED.values():
             own.append("checkpoint_every_n_steps=1000")  # and at the end
         if recipe in STARTED:
             own.append(f"start={root}/runs/{name_of(STARTED[recipe])}")
-        jobs.append((str(recipe), [*COMMAND, *own]))
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, json.dumps(jobs)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ESCAIP_DATA": str(root)},
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+        done = launch(root, recipe, *COMMAND, *own, ESCAIP_DATA=str(root))
+        assert done.returncode == 0, done.stderr[-3000:]
     return root / "runs"
 
 
