@@ -324,12 +324,13 @@ def test_card(
     folder: Path, results: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The tree of the repository: YAML with all required keys, and the files it names."""
-    assert card(folder, results[0], tmp_path, "--fine-tuned") == 0
+    assert card(folder, results[0], tmp_path, "--fine-tuned", "--openness=OSCD") == 0
     assert "fill in: checkpoint_url" in capsys.readouterr().out
     content = yaml.safe_load((tmp_path / "models/escaip/escaip-mp-v1.0.yml").read_text())
     assert set(content) >= REQUIRED
     assert content["model_key"] == "escaip-mp-v1.0"
     assert (content["targets"], content["train_task"]) == ("EFS_G", "S2EFS")
+    assert (content["fine_tune"], content["openness"]) == (True, "OSCD")
     person = {"name": "Jane Doe", "email": "jane@uni.edu", "affiliation": "Some University"}
     assert content["authors"] == [person]
     assert content["hyperparams"]["evaluation"] == {
