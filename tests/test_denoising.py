@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io import read
+from ase.io import read, write
 from scipy.spatial.transform import Rotation
 
 from escaip_fairchem import calculator
@@ -24,6 +24,7 @@ from escaip_fairchem.train.callbacks import read_metrics
 from escaip_fairchem.train.denoising import Denoising
 from escaip_fairchem.train.finetune.model import build_model
 from escaip_fairchem.train.finetune.start import read_start
+from escaip_fairchem.train.nonfinite import structures
 from escaip_fairchem.train.optim import Muon
 from fork_runs import launch
 from helpers import make_batch, one_thread, slab, triclinic
@@ -244,6 +245,20 @@ def test_losses_by_numpy(form: str, frames: Path, tmp_path: Path) -> None:
     assert number > 5
 
 
+def test_report_of_a_bad_step_has_labels_and_noise(frames: Path, tmp_path: Path) -> None:
+    """A step that is not finite is judged by the labels of all atoms, and where they were."""
+    (batch,) = corrupted(batches(frames, [[1, 2, 3]]))
+    write(tmp_path / "bad.extxyz", structures(batch), write_results=True)
+    (before,) = batches(frames, [[1, 2, 3]])
+    found = read(tmp_path / "bad.extxyz", ":")
+    forces = np.concatenate([atoms.get_forces(apply_constraint=False) for atoms in found])
+    np.testing.assert_allclose(forces, before.forces, atol=1e-6)
+    noise = np.concatenate([atoms.arrays["noise"] for atoms in found])
+    positions = np.concatenate([atoms.positions for atoms in found])
+    np.testing.assert_allclose(positions - noise, before.pos, atol=1e-6)
+    assert 0 < (noise != 0).any(1).sum() < len(noise)
+
+
 def test_settings_that_cannot_be_meant(frames: Path, tmp_path: Path) -> None:
     good = {"prob": 0.5, "std": 0.1, "corrupt_ratio": 0.5, "weight": 0.1}
     for name, value in (("prob", 0.0), ("corrupt_ratio", 1.5), ("std", None), ("weight", "x")):
@@ -299,18 +314,40 @@ COMMAND = [
 
 @pytest.fixture(scope="module")
 def direct(workplace: Path) -> Path:
-    """A run with direct stress, rotations and bf16, by the command; and one that paused."""
-    for arguments in (
-        ["job.timestamp_id=whole"],
-        ["job.timestamp_id=paused", "stop_at_step=2"],
-        ["job.timestamp_id=paused"],
-    ):
-        done = launch(workplace, *COMMAND, *arguments)
-        assert done.returncode == 0, done.stderr[-3000:]
+    """A run with direct stress, rotations and bf16, by the command."""
+    done = launch(workplace, *COMMAND, "job.timestamp_id=whole")
+    assert done.returncode == 0, done.stderr[-3000:]
     return workplace / "runs" / "whole"
 
 
+def test_noise_of_a_run_is_in_its_table(direct: Path) -> None:
+    rows = read_metrics(direct / "metrics.csv")
+    found = [row["train_noise_error"] for row in rows if "train_noise_error" in row]
+    assert found  # 0.16 A is that of predicting nothing
+    assert all(0.08 < value < 0.8 for value in found)
+
+
+def test_a_step_draws_its_noise_whatever_came_before(frames: Path, tmp_path: Path) -> None:
+    data = batches(frames, [[1, 2, 3], [4, 5]])
+    drawn = []
+    for way in ("goes on", "trained", "does not move"):
+        unit = make_unit(tmp_path, denoising=DENOISING)
+        if way == "trained":
+            train(unit, [data, data])
+        elif way == "goes on":
+            unit.train_progress.increment_step(), unit.train_progress.increment_step()
+        noisy = [batch.clone() for batch in data]
+        unit.prepare(noisy)
+        drawn.append(torch.cat([batch.pos for batch in noisy]))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.full  # the parts are above, and in test_recovery
 def test_a_run_that_paused_draws_the_same_noise(direct: Path) -> None:
+    for more in (["stop_at_step=2"], []):
+        done = launch(direct.parents[1], *COMMAND, "job.timestamp_id=paused", *more)
+        assert done.returncode == 0, done.stderr[-3000:]
     final = Path("checkpoints", "final", "inference_ckpt.pt")
     whole, paused = (load_safely(run / final) for run in (direct, direct.with_name("paused")))
     for name, value in whole.ema_state_dict.items():
@@ -320,9 +357,6 @@ def test_a_run_that_paused_draws_the_same_noise(direct: Path) -> None:
         for run in (direct, direct.with_name("paused"))
     ]
     assert errors[0] == errors[1]
-    found = [value for value in errors[0] if value is not None]
-    assert found  # 0.16 A is that of predicting nothing
-    assert all(0.08 < value < 0.8 for value in found)
 
 
 def test_checkpoint_serves_as_any_other(direct: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -350,6 +384,7 @@ def test_checkpoint_serves_as_any_other(direct: Path, caplog: pytest.LogCaptureF
     np.testing.assert_allclose(scaled, forces, rtol=1e-4, atol=1e-5)
 
     weights, start = stored.ema_state_dict, read_start(direct)
+    assert start.denoising == sum(weights[name].numel() for name in parts)
     gone = set(weights) - set(start.checkpoint.ema_state_dict)
     assert gone == {name for name in weights if "attributes.forces." in name or NOISE in name}
     assert "force_encoding" not in start.model["backbone"]

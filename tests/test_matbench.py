@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ase.build import bulk
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
@@ -30,7 +31,7 @@ from escaip_fairchem.cli import main
 from escaip_fairchem.data.convert import convert
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.matbench.check import check
-from escaip_fairchem.matbench.files import Summary
+from escaip_fairchem.matbench.files import Summary, read_summary
 from escaip_fairchem.matbench.metrics import metrics_of
 from escaip_fairchem.matbench.recipe import DiscoveryRunner
 from escaip_fairchem.predict.relax import relax
@@ -104,6 +105,27 @@ def test_broken_archive(folder: Path, tmp_path: Path) -> None:
     path.write_bytes((folder / "data" / INITIAL).read_bytes()[:-30])
     with pytest.raises(UserError, match="is no whole zip archive"):
         convert([str(path)], tmp_path / "out", unlabelled=True)
+    frame = "1\n" + 'pbc="F F F"\nCu 0 0 0\n'
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.extxyz", frame)
+    path.write_bytes(path.read_bytes().replace(b"Cu 0 0 0", b"Cu 0 0 1", 1))
+    with pytest.raises(UserError, match=r"is no whole zip archive .*'a.extxyz'"):
+        convert([str(path)], tmp_path / "out", unlabelled=True)
+
+
+def test_broken_summary(tmp_path: Path) -> None:
+    path = tmp_path / "summary.csv"
+    columns = "material_id,formula,e_form_per_atom_mp2020_corrected,"
+    columns += "e_above_hull_mp2020_corrected_ppd_mp,unique_prototype\n"
+    for text, reason in (
+        ("", "has no column e_above"),
+        (columns, "is not 2023-12-13-wbm-summary.csv.gz"),
+        (columns + "wbm-1-1,Na1 Cl1,much,0.1,True\n", "could not convert .* 'much'"),
+        (columns + "wbm-1-1,Na1 Cl1,0.1,0.1,yes\n", "'yes'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=reason):
+            read_summary(path)
 
 
 def test_relaxations_are_those_of_ase(folder: Path, results: tuple[Path, float]) -> None:
@@ -302,12 +324,13 @@ def test_card(
     folder: Path, results: tuple[Path, float], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The tree of the repository: YAML with all required keys, and the files it names."""
-    assert card(folder, results[0], tmp_path, "--fine-tuned") == 0
+    assert card(folder, results[0], tmp_path, "--fine-tuned", "--openness=OSCD") == 0
     assert "fill in: checkpoint_url" in capsys.readouterr().out
     content = yaml.safe_load((tmp_path / "models/escaip/escaip-mp-v1.0.yml").read_text())
     assert set(content) >= REQUIRED
     assert content["model_key"] == "escaip-mp-v1.0"
     assert (content["targets"], content["train_task"]) == ("EFS_G", "S2EFS")
+    assert (content["fine_tune"], content["openness"]) == (True, "OSCD")
     person = {"name": "Jane Doe", "email": "jane@uni.edu", "affiliation": "Some University"}
     assert content["authors"] == [person]
     assert content["hyperparams"]["evaluation"] == {
@@ -405,6 +428,39 @@ def test_one_that_fails_stops_no_other(folder: Path) -> None:
     ends = np.split(path["positions"], np.cumsum([len(a) for a in initial])[:-1])
     np.testing.assert_allclose(ends[2], start[2].pos.numpy(), atol=1e-6)
     assert np.abs(ends[0] - start[0].pos.numpy()).max() > 1e-3
+
+
+def test_cells_that_leave_all_bounds_are_not_evaluated() -> None:
+    """Pulled together, blown up or sheared without end: they end at the last cell that is one."""
+    pull = np.array([np.eye(3), -np.eye(3), np.zeros((3, 3)), np.eye(3)[[1, 0, 2]] - np.eye(3)])
+    start = []
+    for number in range(len(pull)):
+        atoms = bulk("Cu", cubic=True)
+        atoms.numbers[0] = 30 + number
+        start.append(AtomicData.from_ase(atoms, r_data_keys=["charge", "spin"]))
+        start[-1].dataset = "mptrj"
+    seen: list[list[np.ndarray]] = [[] for _ in start]
+
+    def predict(data: AtomicData) -> dict[str, torch.Tensor]:
+        which = [int(one.atomic_numbers[0]) - 30 for one in data.batch_to_atomicdata_list()]
+        for number, cell in zip(which, data.cell.numpy(), strict=True):
+            seen[number].append(cell)
+        forces = torch.zeros(int(data.natoms.sum()), 3)
+        forces[::4, 0], forces[1::4, 0] = 0.1, -0.1  # none has arrived
+        stress = torch.tensor(0.3 * pull[which].reshape(-1, 9), dtype=torch.float32)
+        return {"energy": torch.zeros(len(which)), "forces": forces, "stress": stress}
+
+    options = {"optimizer": "FIRE", "fmax": 1e-3, "steps": 60, "maxstep": 20.0, "cell": True}
+    _, path = relax(predict, atomicdata_list_to_batch(start), **options)
+    assert path["steps"][2] == 60
+    assert (np.delete(path["steps"], 2) < 60).all()
+    assert not path["converged"].any()
+    for cells, end in zip(seen, path["cell"], strict=True):
+        volumes = np.abs(np.linalg.det(np.array(cells, float))) / 4
+        assert volumes.min() > 0.99  # a hydrogen atom takes more
+        assert volumes.max() < 1.01e6
+        np.testing.assert_allclose(end, cells[-1], rtol=1e-5, atol=1e-5)
+    assert np.linalg.det(path["cell"][0]) < 47 < 48 < np.linalg.det(path["cell"][1])
 
 
 def test_material_without_energy_is_empty(

@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     card.add_argument("--fine-tuned", action="store_true", help="it began with another training")
     card.add_argument(
+        "--openness",
+        choices=["OSOD", "OSCD", "CSOD", "CSCD"],
+        default="OSOD",
+        help="open or closed source, open or closed data (OSOD)",
+    )
+    card.add_argument(
         "--schema", type=Path, metavar="YML", help="tests/model-schema.yml of the benchmark"
     )
     card.add_argument(
@@ -119,6 +125,7 @@ def _card(args: argparse.Namespace) -> None:
         published=args.published,
         training_sets=tuple(args.training_sets),
         fine_tuned=args.fine_tuned,
+        openness=args.openness,
     )
     for line in write_card(args.checkpoint, args.results, args.out, options, args.schema):
         print(line)

@@ -47,6 +47,7 @@ class CardOptions:
         published: When the paper was, yyyy-mm-dd.
         training_sets: Keys of the benchmark's data/datasets.yml.
         fine_tuned: Whether it began with another training.
+        openness: ``OSOD``, ``OSCD``, ``CSOD`` or ``CSCD``: open or closed source, then data.
     """
 
     name: str
@@ -62,6 +63,7 @@ class CardOptions:
     published: str | None = None
     training_sets: tuple[str, ...] = ("MPtrj",)
     fine_tuned: bool = False
+    openness: str = "OSOD"
 
 
 def write_card(
@@ -140,7 +142,7 @@ def _content(found: dict[str, Any], plan: Plan, key: str, options: CardOptions) 
             "dependencies": [f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES],
             "python_version": ".".join(platform.python_version_tuple()[:2]),
         },
-        "openness": "OSOD",
+        "openness": options.openness,
         "architecture_types": ["gnn", "transformer"],
         "train_task": "S2EFS" if has_stress else "S2EF",
         "test_task": "IS2RE-SR",

@@ -135,10 +135,9 @@ def read_summary(path: Path) -> Summary:
     absent = set(columns) - set(rows.fieldnames or ())
     if absent:
         raise UserError(f"{path} is not {SUMMARY}: it has no column {', '.join(sorted(absent))}")
-    ids, formulas, e_form, e_hull, unique = zip(
-        *([row[name] for name in columns] for row in rows), strict=True
-    )
+    values = [[row[name] for name in columns] for row in rows]
     try:
+        ids, formulas, e_form, e_hull, unique = zip(*values, strict=True)
         return Summary(
             list(ids), list(formulas), np.array(e_form, float), np.array(e_hull, float),
             np.array([{"True": True, "False": False}[value] for value in unique]),

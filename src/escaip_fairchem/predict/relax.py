@@ -127,6 +127,8 @@ class _OfData(Relaxation):
         going = self.go_on(results, fmax, steps)
         if self.results is results:
             self.predicted = predicted
+        if self.error:
+            logging.warning(f"a structure stops after {self.steps} steps: {self.error}")
         self.data.pos = torch.as_tensor(self.atoms.positions, dtype=self.data.pos.dtype)
         self.data.cell = torch.as_tensor(self.atoms.cell.array[None], dtype=self.data.cell.dtype)
         return going
@@ -189,18 +191,21 @@ def relax(
 
 
 def _predict_each(predict: Predict, moving: list[_OfData]) -> list[dict[str, Tensor] | None]:
-    """Predictions of each by one batch; None where one cannot be evaluated, even alone.
-
-    A cell that falls in on itself has no end of neighbours: it must not stop the others.
-    """
+    """Predictions of each by one batch; None where one cannot be evaluated, even alone."""
     try:
         predicted = predict(atomicdata_list_to_batch([each.data for each in moving]))
     except (UserError, torch.OutOfMemoryError) as error:
-        if len(moving) > 1:
-            return [_predict_each(predict, [each])[0] for each in moving]
         reason = str(error).splitlines()[0]
-        logging.warning(f"a structure stops after {moving[0].steps} steps: {reason}")
-        return [None]
+    else:
+        return _taken_apart(predicted, moving)
+    # outside of the handler, which keeps what the failed prediction has allocated
+    if len(moving) > 1:
+        return [_predict_each(predict, [each])[0] for each in moving]
+    logging.warning(f"a structure stops after {moving[0].steps} steps: {reason}")
+    return [None]
+
+
+def _taken_apart(predicted: dict[str, Tensor], moving: list[_OfData]) -> list[dict[str, Tensor]]:
     natoms = [len(each.atoms) for each in moving]
     of_each = zip(
         *(value.split(natoms if name == "forces" else 1) for name, value in predicted.items()),

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 #: Those that need one evaluation a step, of forces only.
 OPTIMIZERS = ("LBFGS", "BFGS", "FIRE")
+#: Cells that a relaxation may come to. Outside of this there are no crystals, and neighbours within
+#: a cutoff may be too many for any memory. A^3 for each atom, and A between opposite faces.
+VOLUMES, LEAST_HEIGHT = (1.0, 1e6), 0.1
 
 
 class Relaxation:
@@ -44,7 +47,7 @@ class Relaxation:
         steps: Done so far.
         fmax: Largest force on a free atom then, eV/A; with a cell, of its filter.
         converged: Whether that is small enough.
-        error: Why it could not be evaluated, if it could not.
+        error: Why it could not be evaluated, or not any more, if it could not.
     """
 
     def __init__(
@@ -89,8 +92,23 @@ class Relaxation:
         self._optimizer.step()
         self._optimizer.nsteps += 1
         self.steps += 1
-        there = np.concatenate([self.atoms.positions, self.atoms.cell.array])
-        return bool(np.isfinite(there).all()) or self._stay()
+        if self._is_lost():
+            self.error = "cell or positions have left all bounds"
+            return self._stay()
+        return True
+
+    def _is_lost(self) -> bool:
+        """Whether it cannot sensibly be evaluated where it is now."""
+        cell = self.atoms.cell.array
+        if not np.isfinite([*self.atoms.positions, *cell]).all():
+            return True
+        if isinstance(self._moving, FrechetCellFilter):
+            volume = abs(np.linalg.det(cell))
+            faces = np.linalg.norm(np.cross(cell[[1, 2, 0]], cell[[2, 0, 1]]), axis=1)
+            least, most = VOLUMES
+            inside = least <= volume / len(self.atoms) <= most
+            return not (inside and volume >= LEAST_HEIGHT * faces.max())
+        return False
 
     def _stay(self) -> bool:
         """Go back to where results were last finite, which is the end."""

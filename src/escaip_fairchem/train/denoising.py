@@ -28,8 +28,9 @@ class Denoising:
     """What is corrupted, and how much it weighs; see `escaip_fairchem.data.corruption`.
 
     The loss is the length of the error of the noise in units of its standard deviation, reduced as
-    that of the forces and, as in the authors' code, divided by the number of all labelled atoms (or
-    structures): an atom counts once, by its force or by its noise.
+    that of the forces. A mean over atoms is over all labelled ones, as in the authors' code: each
+    counts once, by its force or by its noise. ``per_structure`` a corrupted structure has two
+    means, over its moved atoms and over the others.
 
     Attributes:
         prob: Part of the training structures that are corrupted.

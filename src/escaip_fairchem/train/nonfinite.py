@@ -12,6 +12,7 @@ from ase.constraints import FixAtoms
 from ase.io import write
 from fairchem.core.common import distutils
 
+from escaip_fairchem.data.corruption import LABELLED, NOISE
 from escaip_fairchem.data.energies import exact_energy
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.train.checkpoints import gathered
@@ -140,13 +141,16 @@ def report(
 
 
 def structures(batch: AtomicData) -> list[Atoms]:
-    """The structures of a batch with their labels in eV and eV/A.
+    """The structures of a batch as the model saw them, with their labels in eV and eV/A.
 
+    With denoising the array ``noise`` says how far atoms were moved, A; forces are those before.
     fairchem's own conversion refuses energies in float64.
     """
     batch = batch.to("cpu")
     labels = {"energy": exact_energy(batch)} if "energy" in batch else {}
     labels |= {name: batch[name] for name in ("forces", "stress") if name in batch}
+    if LABELLED in batch:
+        labels["forces"] = batch[LABELLED]
     sids = batch.get("sid", [])
     frames = []
     for index in range(len(batch.natoms)):
@@ -160,6 +164,8 @@ def structures(batch: AtomicData) -> list[Atoms]:
             constraint=FixAtoms(mask=batch.fixed[mine].bool().numpy()),
             info={"sid": str(sids[index])} if len(sids) else {},
         )
+        if NOISE in batch:
+            atoms.set_array("noise", batch[NOISE][mine].nan_to_num().numpy())
         results: dict[str, Any] = {}
         for name, value in labels.items():
             if name == "forces":

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
+from contextlib import contextmanager
 from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -39,17 +41,18 @@ class ExtxyzZip(AseFiles):
 
     def parts(self, paths: Sequence[Path]) -> list[Part]:
         """Shares of an archive."""
-        return [
-            Part((path,), start, start + ROWS_PER_PART)
-            for path in paths
-            for start in range(0, len(_members(path)), ROWS_PER_PART)
-        ]
+        parts = []
+        for path in paths:
+            with _opened(path) as archive:
+                count = len(_members(archive))
+            parts += [Part((path,), i, i + ROWS_PER_PART) for i in range(0, count, ROWS_PER_PART)]
+        return parts
 
     def raw(self, part: Part) -> Iterator[Record]:
         """Go through a share; records are structures as ASE reads them."""
         path = part.paths[0]
-        with zipfile.ZipFile(path) as archive:
-            for member in _members(path)[part.start : part.stop]:
+        with _opened(path) as archive:
+            for member in _members(archive)[part.start : part.stop]:
                 file = io.BytesIO(archive.read(member))
                 for frame, build in enumerate(cut_extxyz(file, f"{path}: {member.filename}")):
                     yield Record(
@@ -59,13 +62,18 @@ class ExtxyzZip(AseFiles):
                     )
 
 
-def _members(path: Path) -> list[zipfile.ZipInfo]:
-    """The files of an archive, in its order."""
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
-            return [each for each in archive.infolist() if each.filename.endswith(EXTXYZ)]
-    except zipfile.BadZipFile as error:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is no whole zip archive ({error}); download it again") from None
+
+
+def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files of an archive, in its order."""
+    return [each for each in archive.infolist() if each.filename.endswith(EXTXYZ)]
 
 
 def _named(build: Callable[[], Atoms], name: str) -> Atoms:

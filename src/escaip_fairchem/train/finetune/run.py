@@ -122,6 +122,8 @@ def finetune(
     if out.exists():
         raise UserError(f"{out} exists; name another folder with --out")
     start = read_start(checkpoint, task)
+    if start.denoising:
+        print(f"{start.denoising:,} parameters stay behind, which served denoising")
     with store.new_folder(out, overwrite=False) as partial:
         folder = _data(source, partial / DATA, start.label)
         splits = Split.read(folder / "train"), Split.read(folder / "val")

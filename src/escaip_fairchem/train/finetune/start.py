@@ -36,6 +36,7 @@ class Start:
         seen: Atomic numbers it was trained on, as far as its weights tell.
         checkpoint: fairchem's inference checkpoint, consistent with the above.
         config: Configuration of the backbone, its preset filled in.
+        denoising: Number of parameters that stay behind because they served denoising.
     """
 
     model: dict[str, Any]
@@ -45,6 +46,7 @@ class Start:
     seen: set[int]
     checkpoint: Any
     config: EScAIPConfig
+    denoising: int
 
     @property
     def task(self) -> dict[str, dict[str, Any]]:
@@ -115,9 +117,11 @@ def read_start(path: Path, label: str | None = None) -> Start:
     # read before the weights of other data sets are left out
     seen = _elements_seen(checkpoint)
     names = _rename(model, tasks)
+    weights = checkpoint.ema_state_dict
+    denoising = sum(weights[name].numel() for name in weights if belongs_to_denoising(name))
     checkpoint.ema_state_dict = _renamed(checkpoint.ema_state_dict, names)
     references = _references(next(task for task in tasks if task["property"] == "energy"))
-    start = Start(model, tasks, label, references, seen, checkpoint, config)
+    start = Start(model, tasks, label, references, seen, checkpoint, config, denoising)
     start.set_references(references)
     start.seen |= set(np.flatnonzero(references).tolist())
     return start
