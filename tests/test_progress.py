@@ -45,6 +45,7 @@ class Unit:
         self.scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
         self.last_loss: Any = None
         self.last_samples = 4
+        self.last_noise = None
 
 
 def state(**limits: int | None) -> Any:
