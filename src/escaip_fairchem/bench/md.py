@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from escaip_fairchem.bench.measure import (
 )
 from escaip_fairchem.bench.models import Models
 from escaip_fairchem.bench.pair import batch_of, outputs, own_model_config
-from escaip_fairchem.bench.peers import esen_model
+from escaip_fairchem.bench.peers import esen_models
 from escaip_fairchem.bench.report import Row
 from escaip_fairchem.bench.structures import solid
 from escaip_fairchem.bench.sweep import expected_memory
@@ -71,7 +72,8 @@ def run(
         path = Path(folder) / "inference_ckpt.pt"
         _save(comparison.models[OURS], settings, path)
         own = calculator(path, device=settings.device)
-    models = Models(settings, comparison.models | _esen(peers, settings), BUILTIN)
+    peer_models = esen_models(peers, [settings.neighbors], settings)
+    models = Models(settings, comparison.models | peer_models, BUILTIN)
     models.set_training(False)
     calculators: dict[str, Calculator] = {
         f"{name}, bare model": _BareModel(model, settings) for name, model in models.models.items()
@@ -97,27 +99,17 @@ def run(
             report.add(_largest(name, past, fits, settings))
 
 
-def _esen(sizes: Sequence[str], settings: Settings) -> dict[str, torch.nn.Module]:
-    return {
-        f"eSEN {size} {settings.neighbors}": esen_model(size, settings.neighbors, settings)
-        for size in sizes
-    }
-
-
 def _largest(name: str, past: list[tuple[int, float]], fits: float, settings: Settings) -> Row:
     """The atoms of one system that fit, by the growth between the two largest that were measured.
 
     See `sweep.expected_memory`.
     """
-    few, many = 1, 2**24
-    while many - few > 1:
-        middle = (few + many) // 2
-        enough = expected_memory(past, middle) <= fits * 2**10
-        few, many = (middle, many) if enough else (few, middle)
-    print(f"{name}: about {few} atoms fit into {fits:g} GiB, by the growth up to {past[-1][0]}")
+    sizes = range(2, 2**24)
+    fitting = 1 + bisect_right(sizes, fits * 2**10, key=lambda size: expected_memory(past, size))
+    print(f"{name}: about {fitting} atoms fit into {fits:g} GiB, by the growth up to {past[-1][0]}")
     return Row(
         model=name, quantity=f"fits into {fits:g} GiB, estimated", unit="atoms", systems=1,
-        atoms=past[-1][0], min=few, median=few, max=few, repeats=1,
+        atoms=past[-1][0], min=fitting, median=fitting, max=fitting, repeats=1,
         common=settings.columns() | {"domain": "solid"},
     )  # fmt: skip
 

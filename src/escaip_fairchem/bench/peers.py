@@ -20,6 +20,7 @@ from escaip_fairchem.bench.structures import solid
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from ase import Atoms
@@ -72,10 +73,7 @@ def run(
     if others and (settings.device != "cpu" or settings.precision != "fp32"):
         raise UserError("peers of other environments are measured on CPUs in fp32 only")
     models = {OURS: model_pair(settings.config())[1]}
-    for size in esen:
-        models |= {
-            f"eSEN {size} {limit}": esen_model(size, limit, settings) for limit in max_neighbors
-        }
+    models |= esen_models(esen, max_neighbors, settings)
     for name, model in models.items():
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     rows = Models(settings, models, OURS).rows(quantities, structures)
@@ -86,6 +84,17 @@ def run(
         report.add(_emt(settings, structures, ours))
     for name in others:
         report.add(measure_other(name, python, settings, structures, ours))
+
+
+def esen_models(
+    sizes: Sequence[str], max_neighbors: Sequence[int], settings: Settings
+) -> dict[str, HydraModel]:
+    """Each size of eSEN with each limit of neighbours, by the names of the tables."""
+    return {
+        f"eSEN {size} {limit}": esen_model(size, limit, settings)
+        for size in sizes
+        for limit in max_neighbors
+    }
 
 
 def esen_model(size: str, max_neighbors: int, settings: Settings) -> HydraModel:

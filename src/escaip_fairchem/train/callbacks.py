@@ -32,9 +32,8 @@ class MetricsCallback(Callback):
 
     A row is written every `every_n_steps` steps (mean training loss on the first rank since the
     row before, with denoising also the mean length of the error of the noise, structures seen by
-    all ranks so far) and after every evaluation. A run that is
-    resumed continues its file, with the rows and losses that it had when the checkpoint was
-    written.
+    all ranks so far) and after every evaluation. A run that is resumed continues its file, with the
+    rows and losses that it had when the checkpoint was written.
 
     Args:
         every_n_steps: Steps between rows with the training loss.
