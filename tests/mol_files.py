@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import TYPE_CHECKING
 
 import h5py
@@ -14,6 +15,44 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ase import Atoms
+
+
+TIGHT = {"rtol": 1e-12, "atol": 1e-15}
+
+
+def records(format_, path):
+    """All records of an input with their structures, part by part as workers read them."""
+    assert type(format_).claims(path)
+    parts = pickle.loads(pickle.dumps(format_.parts([path])))
+    workers = [type(format_)(**format_.options) for _ in parts]
+    found = [list(worker.read(part)) for worker, part in zip(workers, parts, strict=True)]
+    return [(record, record.build()) for some in found for record in some]
+
+
+def structures(format_, path):
+    """All structures of an input."""
+    return [atoms for _, atoms in records(format_, path)]
+
+
+def assert_same_labels(atoms: Atoms, expected: Atoms, tolerance: dict = TIGHT) -> None:
+    """Compare structure and labels; to all digits that are meant by default."""
+    np.testing.assert_array_equal(atoms.numbers, expected.numbers)
+    np.testing.assert_array_equal(atoms.pbc, expected.pbc)
+    np.testing.assert_allclose(atoms.positions, expected.positions, **tolerance)
+    np.testing.assert_allclose(atoms.cell.array, expected.cell.array, **tolerance)
+    np.testing.assert_allclose(
+        atoms.calc.results["energy"], expected.get_potential_energy(), rtol=tolerance["rtol"]
+    )
+    forces = expected.get_forces(apply_constraint=False)
+    np.testing.assert_allclose(atoms.calc.results["forces"], forces, **tolerance)
+
+
+def arrays_of(frames):
+    return (
+        np.array([atoms.positions for atoms in frames]),
+        np.array([atoms.get_potential_energy() for atoms in frames]),
+        np.array([atoms.get_forces() for atoms in frames]),
+    )
 
 
 def pymatgen_dict(atoms: Atoms, keys: Sequence[str] = ("abc", "xyz")) -> dict:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import lzma
+import os
 import pickle
 import sys
 import tarfile
@@ -13,13 +15,92 @@ from typing import TYPE_CHECKING, Any
 
 import lmdb
 import numpy as np
+import pytest
 import torch
+
+from data_helpers import labelled_atoms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from ase import Atoms
+
+    from escaip_fairchem.data.formats.base import Format
+
+
+def built(reader: Format, *paths: Path) -> list[Atoms]:
+    """Read everything."""
+    assert all(type(reader).claims(path) for path in paths)
+    return [record.build() for part in reader.parts(paths) for record in reader.read(part)]
+
+
+def slabs(n_frames: int = 6) -> list[Atoms]:
+    """EMT-labelled frames with ids and tags, of 8 decimals as text stores them."""
+    frames = labelled_atoms(n_frames, sid=[100 + i // 3 for i in range(n_frames)])
+    for index, atoms in enumerate(frames):
+        atoms.info["fid"] = 7 * (index % 3)
+        atoms.set_tags(np.arange(len(atoms)) % 3)
+        atoms.positions = atoms.positions.round(8)
+        atoms.calc.results = {k: np.round(v, 8) for k, v in atoms.calc.results.items()}
+    return frames
+
+
+def assert_equal(got: Atoms, expected: Atoms, *, energy: float | None = None, rtol=0.0) -> None:
+    """Compare structure, tags, fixed atoms and labels; to all digits by default."""
+    np.testing.assert_array_equal(got.numbers, expected.numbers)
+    np.testing.assert_allclose(got.positions, expected.positions, rtol=rtol)
+    np.testing.assert_allclose(got.cell.array, expected.cell.array, rtol=rtol)
+    np.testing.assert_array_equal(got.pbc, expected.pbc)
+    np.testing.assert_array_equal(got.get_tags(), expected.get_tags())
+    fixed = [[i for c in atoms.constraints for i in c.index] for atoms in (got, expected)]
+    assert fixed[0] == fixed[1]
+    labels = expected.calc.results
+    forces = got.get_forces(apply_constraint=False)
+    np.testing.assert_allclose(forces, labels["forces"], rtol=rtol)
+    energy = labels["energy"] if energy is None else energy
+    assert got.get_potential_energy() == pytest.approx(energy, rel=1e-12, abs=0)
+
+
+class Call:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile(canary: Path) -> dict[str, tuple[bytes, str]]:
+    """Pickles that would make a file, and the names that they must be refused for."""
+    shell, code = f"touch {canary}", f"open({str(canary)!r}, 'w').close()"
+    system = Call(os.system, shell)
+    chain = Call(getattr, Call(builtins.__import__, "os"), "system")
+    nested = pickle.dumps(system, protocol=2)
+    inner = Call(torch.storage._load_from_bytes, nested)
+    legacy = torch_file(torch.zeros(2), zipped=False)
+    script = io.BytesIO()
+    torch.jit.save(torch.jit.trace(lambda x: x + 1, torch.zeros(1)), script)
+    return {
+        "os.system": (pickle.dumps(system), "posix.system"),
+        "protocol 0": (pickle.dumps(system, protocol=0), "posix.system"),
+        "eval": (pickle.dumps(Call(eval, code)), "builtins.eval"),
+        "getattr": (pickle.dumps(chain), "builtins.getattr"),
+        "dotted": (b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.", "torch.os.system"),
+        "as a field": (pickled({"pos": torch.zeros(1, 3), "x": system}, 2), "posix.system"),
+        "old, as a field": (pickled({"pos": torch.zeros(1, 3), "x": system}, 1), "posix.system"),
+        "in a tensor": (pickle.dumps(inner), "posix.system"),
+        "pickle.loads": (pickle.dumps(Call(pickle.loads, nested)), "_pickle.loads"),
+        "torch.load": (pickle.dumps(Call(torch.load, "x")), "torch.serialization.load"),
+        "torch file": (torch_file({"a": system}, zipped=True), "posix.system"),
+        "old torch file": (torch_file({"a": system}, zipped=False), "posix.system"),
+        "behind a torch file": (legacy[:14] + nested + legacy, "posix.system"),
+        "script": (script.getvalue(), "__torch__"),
+        "numpy objects": (pickle.dumps(np.array([system], dtype=object)), "type O8"),
+        "class of jit": (b"\x80\x02ctorch.jit._pickle\nbuild_intlist\n.", "torch.jit._pickle"),
+        "copyreg": (b"\x80\x02ccopyreg\n_reconstructor\n.", "copyreg._reconstructor"),
+    }
 
 
 def oc20_frame(atoms: Atoms) -> str:
