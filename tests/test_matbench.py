@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from ase.build import bulk
 from ase.filters import FrechetCellFilter
 from ase.optimize import FIRE
-from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from pymatgen.core import Composition, Structure
 from pymatgen.entries.compatibility import MaterialsProject2020Compatibility
 
@@ -34,7 +32,6 @@ from escaip_fairchem.matbench.check import check
 from escaip_fairchem.matbench.files import Summary, read_summary
 from escaip_fairchem.matbench.metrics import metrics_of
 from escaip_fairchem.matbench.recipe import DiscoveryRunner
-from escaip_fairchem.predict.relax import relax
 from fork_runs import Run, killed_at_random
 from matbench_files import ENTRIES, INITIAL, REFERENCES, SUMMARY, materials
 from run_helpers import save_checkpoint
@@ -393,74 +390,6 @@ def test_refused_before_the_first_relaxation(
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="does not exist"):
         runner(folder, str(tmp_path / "b")).run()
     assert "has direct forces, not the gradient of its energy" in caplog.text
-
-
-def test_one_that_fails_stops_no_other(folder: Path) -> None:
-    """It stays where it could last be evaluated, or has no energy at all."""
-    initial = list(materials().values())[:3]
-    calls = dict.fromkeys(range(3), 0)
-
-    def predict(data: AtomicData) -> dict[str, torch.Tensor]:
-        many = data.batch_to_atomicdata_list()
-        for one in many:
-            which = next(
-                i for i, a in enumerate(initial) if (a.numbers[0] == one.atomic_numbers[0])
-            )
-            if len(many) == 1:
-                calls[which] += 1
-            if which == 1 or (which == 2 and one.pos.sub(start[2].pos).abs().max() > 0):
-                raise UserError("too many neighbours")
-        natoms = int(data.natoms.sum())
-        return {
-            "energy": torch.arange(1.0, 1 + len(many)),
-            "forces": torch.linspace(-1, 1, natoms)[:, None].expand(natoms, 3),
-            "stress": torch.zeros(len(many), 9),
-        }
-
-    start = [AtomicData.from_ase(atoms, r_data_keys=["charge", "spin"]) for atoms in initial]
-    for data in start:
-        data.dataset = "mptrj"
-    options = {"optimizer": "FIRE", "fmax": 1e-3, "steps": 3, "maxstep": None, "cell": True}
-    predicted, path = relax(predict, atomicdata_list_to_batch(start), **options)
-    assert path["steps"].tolist() == [3, 0, 1]
-    assert torch.isnan(predicted["energy"]).tolist() == [False, True, False]
-    assert not path["converged"].any()
-    ends = np.split(path["positions"], np.cumsum([len(a) for a in initial])[:-1])
-    np.testing.assert_allclose(ends[2], start[2].pos.numpy(), atol=1e-6)
-    assert np.abs(ends[0] - start[0].pos.numpy()).max() > 1e-3
-
-
-def test_cells_that_leave_all_bounds_are_not_evaluated() -> None:
-    """Pulled together, blown up or sheared without end: they end at the last cell that is one."""
-    pull = np.array([np.eye(3), -np.eye(3), np.zeros((3, 3)), np.eye(3)[[1, 0, 2]] - np.eye(3)])
-    start = []
-    for number in range(len(pull)):
-        atoms = bulk("Cu", cubic=True)
-        atoms.numbers[0] = 30 + number
-        start.append(AtomicData.from_ase(atoms, r_data_keys=["charge", "spin"]))
-        start[-1].dataset = "mptrj"
-    seen: list[list[np.ndarray]] = [[] for _ in start]
-
-    def predict(data: AtomicData) -> dict[str, torch.Tensor]:
-        which = [int(one.atomic_numbers[0]) - 30 for one in data.batch_to_atomicdata_list()]
-        for number, cell in zip(which, data.cell.numpy(), strict=True):
-            seen[number].append(cell)
-        forces = torch.zeros(int(data.natoms.sum()), 3)
-        forces[::4, 0], forces[1::4, 0] = 0.1, -0.1  # none has arrived
-        stress = torch.tensor(0.3 * pull[which].reshape(-1, 9), dtype=torch.float32)
-        return {"energy": torch.zeros(len(which)), "forces": forces, "stress": stress}
-
-    options = {"optimizer": "FIRE", "fmax": 1e-3, "steps": 60, "maxstep": 20.0, "cell": True}
-    _, path = relax(predict, atomicdata_list_to_batch(start), **options)
-    assert path["steps"][2] == 60
-    assert (np.delete(path["steps"], 2) < 60).all()
-    assert not path["converged"].any()
-    for cells, end in zip(seen, path["cell"], strict=True):
-        volumes = np.abs(np.linalg.det(np.array(cells, float))) / 4
-        assert volumes.min() > 0.99  # a hydrogen atom takes more
-        assert volumes.max() < 1.01e6
-        np.testing.assert_allclose(end, cells[-1], rtol=1e-5, atol=1e-5)
-    assert np.linalg.det(path["cell"][0]) < 47 < 48 < np.linalg.det(path["cell"][1])
 
 
 def test_material_without_energy_is_empty(

@@ -8,27 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from ase.stress import full_3x3_to_voigt_6_stress
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 
 from escaip_fairchem.describe import describe
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.predict.data import join
 from escaip_fairchem.predict.runner import PredictRunner
-from escaip_fairchem.simulate.relaxation import OPTIMIZERS, Relaxation
+from escaip_fairchem.simulate.relaxation import OPTIMIZERS, Relaxation, relax_all
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
     from fairchem.core.datasets.atomic_data import AtomicData
     from torch import Tensor
 
     from escaip_fairchem.predict.data import Arrays
     from escaip_fairchem.predict.runner import Predict
+    from escaip_fairchem.simulate.relaxation import Results
 
 
 class RelaxRunner(PredictRunner):
     """Relaxes every structure of some data sets once, and predicts where it ends.
 
-    As `PredictRunner`, in parts and batches that the plan alone decides: each structure has an
-    optimizer of its own, and one batch is predicted for a step of all. Parts also hold
+    As `PredictRunner`, in parts that the plan alone decides: each structure has an optimizer of its
+    own, one batch is predicted for a step of all in it, and a structure that has arrived makes room
+    for the next one of the part. Parts also hold
     ``positions`` (N, 3) float64 at the end, in A and not wrapped, ``cell`` (n, 3, 3) float64,
     ``steps`` (n,) int32 and ``converged`` (n,) bool. A structure whose energy, forces or stress
     are no longer finite, or that cannot be evaluated any more, stays where it last could; one that
@@ -94,73 +99,62 @@ class RelaxRunner(PredictRunner):
                 "energy: relaxations may end where the energy is not lowest, or not at all"
             )
 
-    def outcome(
-        self, predict: Predict, data: AtomicData, arrays: Arrays
-    ) -> tuple[dict[str, Tensor], Arrays]:
-        """Relax a batch; its predictions are those of the last step."""
-        predicted, path = relax(predict, data, **self.relaxation)
-        return predicted, {**arrays, **path}
+    def outcomes(
+        self, predict: Predict, batches: Iterable[tuple[AtomicData, Arrays]]
+    ) -> Iterator[tuple[dict[str, Tensor], Arrays]]:
+        """Relax the structures of all batches; a new one takes the place of each that arrives."""
+        arrays: list[Arrays] = []
+
+        def structures() -> Iterator[AtomicData]:
+            for data, of_batch in batches:
+                arrays.append(of_batch)
+                yield from data.batch_to_atomicdata_list()
+
+        ends = relax(predict, structures(), max_atoms=self.settings["max_atoms"], **self.relaxation)
+        yield {}, {**join(arrays), **ends}
 
 
 class _OfData(Relaxation):
-    """One structure of a batch.
-
-    Attributes:
-        data: As the model takes it, where it is now.
-        predicted: Properties where they were last finite.
-    """
+    """One structure, as the model takes it."""
 
     def __init__(self, data: AtomicData, optimizer: str, maxstep: float | None, cell: bool) -> None:
         super().__init__(data.to_ase_single(), optimizer, maxstep, cell=cell)
-        self.data = data
-        self.predicted: dict[str, Tensor] = {}
+        self._data = data
 
-    def predicted_here(self, predicted: dict[str, Tensor], fmax: float, steps: int) -> bool:
-        """Take a step, unless this is the end; says whether it took one."""
-        results = {
-            "energy": float(predicted["energy"]),
-            "forces": predicted["forces"].double().cpu().numpy(),
-        }
-        if "stress" in predicted:
-            stress = predicted["stress"].double().cpu().numpy().reshape(3, 3)
-            results["stress"] = full_3x3_to_voigt_6_stress(stress)
-        going = self.go_on(results, fmax, steps)
-        if self.results is results:
-            self.predicted = predicted
-        if self.error:
-            logging.warning(f"a structure stops after {self.steps} steps: {self.error}")
-        self.data.pos = torch.as_tensor(self.atoms.positions, dtype=self.data.pos.dtype)
-        self.data.cell = torch.as_tensor(self.atoms.cell.array[None], dtype=self.data.cell.dtype)
-        return going
+    def data(self) -> AtomicData:
+        """Where it is now."""
+        self._data.pos = torch.as_tensor(self.atoms.positions, dtype=self._data.pos.dtype)
+        cell = self.atoms.cell.array[None]
+        self._data.cell = torch.as_tensor(cell, dtype=self._data.cell.dtype)
+        return self._data
 
-    @property
-    def end(self) -> dict[str, Tensor]:
-        """Predictions at the end; NaN if there never were any."""
-        if self.predicted:
-            return self.predicted
-        nothing = self.data.pos.new_full
-        return {
-            "energy": nothing((1,), np.nan, dtype=torch.float64),
-            "forces": nothing((len(self.atoms), 3), np.nan),
-            "stress": nothing((1, 9), np.nan),
+    def end(self) -> Results:
+        """Results at the end; NaN if there never were any."""
+        nothing = {
+            "energy": np.nan,
+            "forces": np.full((len(self.atoms), 3), np.nan),
+            "stress": np.full(6, np.nan),
         }
+        return self.results or nothing
 
 
 def relax(
     predict: Predict,
-    data: AtomicData,
+    structures: Iterable[AtomicData],
     *,
+    max_atoms: int,
     optimizer: str,
     fmax: float,
     steps: int,
     maxstep: float | None,
     cell: bool = False,
-) -> tuple[dict[str, Tensor], Arrays]:
-    """Relax the structures of a batch side by side; fixed atoms stay.
+) -> Arrays:
+    """Relax structures side by side; fixed atoms stay.
 
     Args:
         predict: From a batch to energy (B,), forces (N, 3) and what else the model has.
-        data: The batch, on the CPU.
+        structures: On the CPU, taken as there is room.
+        max_atoms: Atoms that are predicted at once; a larger structure is alone.
         optimizer: Class of ``ase.optimize`` with one evaluation a step.
         fmax: Largest force of a relaxed structure, eV/A.
         steps: Most steps of a structure.
@@ -168,47 +162,47 @@ def relax(
         cell: Relax the cells, too.
 
     Returns:
-        Predictions at the end of each relaxation, and ``positions``, ``cell``, ``steps``,
-        ``converged``.
+        Predictions at the end of each relaxation, in the order of the structures, and
+        ``positions``, ``cell``, ``steps``, ``converged``.
     """
-    structures = [_OfData(one, optimizer, maxstep, cell) for one in data.batch_to_atomicdata_list()]
-    moving = structures
-    while moving:
-        found = _predict_each(predict, moving)
-        moving = [
-            each
-            for each, predicted in zip(moving, found, strict=True)
-            if predicted is not None and each.predicted_here(predicted, fmax, steps)
-        ]
-    ends = [each.end for each in structures]
-    names = [name for name in ends[0] if all(name in end for end in ends)]
-    return {name: torch.cat([end[name].cpu() for end in ends]) for name in names}, {
-        "positions": np.concatenate([each.positions for each in structures]),
-        "cell": np.array([each.cell.array for each in structures]),
-        "steps": np.array([each.steps for each in structures], np.int32),
-        "converged": np.array([each.converged for each in structures]),
+    begun: list[_OfData] = []
+
+    def relaxations() -> Iterator[_OfData]:
+        for data in structures:
+            begun.append(_OfData(data, optimizer, maxstep, cell))
+            yield begun[-1]
+
+    def evaluate(moving: Sequence[_OfData]) -> list[Results]:
+        predicted = predict(atomicdata_list_to_batch([each.data() for each in moving]))
+        return _results(predicted, [len(each.atoms) for each in moving])
+
+    for each in relax_all(relaxations(), evaluate, fmax=fmax, steps=steps, max_atoms=max_atoms):
+        if each.error:
+            logging.warning(f"a structure stops after {each.steps} steps: {each.error}")
+    ends = [each.end() for each in begun]
+    arrays = {
+        "energy": np.array([end["energy"] for end in ends]),
+        "forces": np.concatenate([end["forces"] for end in ends]).astype(np.float32),
+        "positions": np.concatenate([each.positions for each in begun]),
+        "cell": np.array([each.cell.array for each in begun]),
+        "steps": np.array([each.steps for each in begun], np.int32),
+        "converged": np.array([each.converged for each in begun]),
     }
+    if all("stress" in end for end in ends):
+        full = voigt_6_to_full_3x3_stress([end["stress"] for end in ends])
+        arrays["stress"] = full.reshape(-1, 9).astype(np.float32)
+    return arrays
 
 
-def _predict_each(predict: Predict, moving: list[_OfData]) -> list[dict[str, Tensor] | None]:
-    """Predictions of each by one batch; None where one cannot be evaluated, even alone."""
-    try:
-        predicted = predict(atomicdata_list_to_batch([each.data for each in moving]))
-    except (UserError, torch.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0]
-    else:
-        return _taken_apart(predicted, moving)
-    # outside of the handler, which keeps what the failed prediction has allocated
-    if len(moving) > 1:
-        return [_predict_each(predict, [each])[0] for each in moving]
-    logging.warning(f"a structure stops after {moving[0].steps} steps: {reason}")
-    return [None]
-
-
-def _taken_apart(predicted: dict[str, Tensor], moving: list[_OfData]) -> list[dict[str, Tensor]]:
-    natoms = [len(each.atoms) for each in moving]
-    of_each = zip(
-        *(value.split(natoms if name == "forces" else 1) for name, value in predicted.items()),
-        strict=True,
-    )
-    return [dict(zip(predicted, values, strict=True)) for values in of_each]
+def _results(predicted: dict[str, Tensor], natoms: list[int]) -> list[Results]:
+    """ASE's results of each structure of a batch."""
+    columns = {
+        "energy": predicted["energy"].double().cpu().numpy().ravel(),
+        "forces": [each.numpy() for each in predicted["forces"].double().cpu().split(natoms)],
+    }
+    if "stress" in predicted:
+        stress = predicted["stress"].double().cpu().numpy().reshape(-1, 3, 3)
+        columns["stress"] = full_3x3_to_voigt_6_stress(stress)
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]

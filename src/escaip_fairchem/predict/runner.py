@@ -32,7 +32,7 @@ from escaip_fairchem.train.evaluation import device_type, reduced_precision
 from escaip_fairchem.train.runner import share_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from fairchem.core.datasets.atomic_data import AtomicData
     from torch import Tensor
@@ -123,10 +123,12 @@ class PredictRunner(Runner):
         loader = get_dataloader(
             structures, lambda **_: [b for part in batches for b in part], collate, self.num_workers
         )
-        predictions = self._predictions(path, task, loader, references)
+        predict = self._predictor(path, task)
+        loaded = self._known(loader, references)
         start, done = time.monotonic(), 0
         for part, of_part in zip(mine, batches, strict=True):
-            pieces = list(islice(predictions, len(of_part)))  # before any copy waits for the GPU
+            # all of them before any copy waits for the GPU
+            pieces = list(self.outcomes(predict, islice(loaded, len(of_part))))
             arrays = join([_to_arrays(*piece) for piece in pieces])
             write_part(self.folder, *part, _without_empty(arrays))
             done += len(arrays["row"])
@@ -163,10 +165,8 @@ class PredictRunner(Runner):
         distutils.synchronize()  # no rank writes before all have looked
         return todo[distutils.get_rank() :: distutils.get_world_size()]
 
-    def _predictions(
-        self, path: Path, task: str, loader: Any, references: np.ndarray
-    ) -> Iterator[tuple[dict[str, Tensor], Arrays]]:
-        """Predictions of each batch, on the device, and the arrays of its structures."""
+    def _predictor(self, path: Path, task: str) -> Predict:
+        """From a batch to its predictions by property, on the device."""
         from fairchem.core.units.mlip_unit import InferenceSettings, load_predict_unit
 
         device = device_type()
@@ -185,16 +185,21 @@ class PredictRunner(Runner):
                 predicted = predict_batch(unit, data)
             return {prop: predicted[name].detach() for prop, name in names.items()}
 
+        return predict
+
+    def _known(self, loader: Any, references: np.ndarray) -> Iterator[tuple[AtomicData, Arrays]]:
+        """Batches of elements that the checkpoint knows, and the arrays of their structures."""
         for data, arrays in loader:
             if not self.allow_unknown_elements:
                 require_known(references, *(arrays[k] for k in ("numbers", "natoms", "sid")))
-            yield self.outcome(predict, data, arrays)
+            yield data, arrays
 
-    def outcome(
-        self, predict: Predict, data: AtomicData, arrays: Arrays
-    ) -> tuple[dict[str, Tensor], Arrays]:
-        """What becomes of a batch: its predictions, and the arrays of its structures."""
-        return predict(data), arrays
+    def outcomes(
+        self, predict: Predict, batches: Iterable[tuple[AtomicData, Arrays]]
+    ) -> Iterator[tuple[dict[str, Tensor], Arrays]]:
+        """What becomes of the batches of a part: predictions, and the arrays of the structures."""
+        for data, arrays in batches:
+            yield predict(data), arrays
 
 
 def predict_batch(unit: Any, data: AtomicData) -> dict[str, Tensor]:

@@ -187,6 +187,7 @@ def _relax_missing(
     done = len(structures) - len(missing)
     display = open_display("relaxed", len(structures), done)
     saved, steps, start = time.monotonic(), 0, time.monotonic()
+    evaluate = evaluator(model.calculator)
 
     def begin() -> Iterator[_Recorded]:
         for index in missing:
@@ -209,7 +210,7 @@ def _relax_missing(
 
     for each in relax_all(
         begin(),
-        evaluator(model.calculator),
+        lambda moving: evaluate([each.atoms for each in moving]),
         fmax=options.fmax,
         steps=options.steps,
         max_atoms=options.max_atoms,

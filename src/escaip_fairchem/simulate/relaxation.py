@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import ase.optimize
 import numpy as np
+import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import FrechetCellFilter
 
@@ -139,7 +140,7 @@ def evaluator(calculator: Calculator) -> Evaluate:
 
 def relax_all(
     relaxations: Iterable[Relaxation],
-    evaluate: Evaluate,
+    evaluate: Callable[[Sequence[Relaxation]], Sequence[Results]],
     *,
     fmax: float,
     steps: int,
@@ -150,7 +151,7 @@ def relax_all(
 
     Args:
         relaxations: Those to do, taken as there is room.
-        evaluate: From structures to the results of each.
+        evaluate: From relaxations to the results of each where it is now.
         fmax: Largest force of a relaxed structure, eV/A.
         steps: Most steps of a structure.
         max_atoms: Atoms of a batch; a larger structure is alone.
@@ -170,11 +171,10 @@ def relax_all(
             following = next(waiting, None)
         if not moving:
             return
-        found = _evaluate_each(evaluate, [each.atoms for each in moving])
         going = []
-        for each, results in zip(moving, found, strict=True):
-            if isinstance(results, UserError):
-                each.error = str(results)
+        for each, results in zip(moving, _evaluate_each(evaluate, moving), strict=True):
+            if isinstance(results, str):
+                each.error = results
                 yield each
             elif each.go_on(results, fmax, steps):
                 going.append(each)
@@ -185,11 +185,14 @@ def relax_all(
         moving = going
 
 
-def _evaluate_each(evaluate: Evaluate, structures: list[Atoms]) -> list[Results | UserError]:
+def _evaluate_each(
+    evaluate: Callable[[Sequence[Relaxation]], Sequence[Results]], moving: Sequence[Relaxation]
+) -> list[Results | str]:
     """The results of each, or why there are none: one bad structure must not stop the others."""
     try:
-        return list(evaluate(structures))
-    except UserError as error:
-        if len(structures) == 1:
-            return [error]
-    return [_evaluate_each(evaluate, [atoms])[0] for atoms in structures]
+        return list(evaluate(moving))
+    except (UserError, torch.OutOfMemoryError) as error:
+        if len(moving) == 1:
+            return [str(error).splitlines()[0]]
+    # outside of the handler, which keeps what the failed evaluation has allocated
+    return [_evaluate_each(evaluate, [each])[0] for each in moving]
