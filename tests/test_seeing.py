@@ -309,6 +309,22 @@ def test_errors_by_element_by_hand(tmp_path: Path) -> None:
     assert draw_by_element(found, tmp_path / "elements.png").stat().st_size > 5000
 
 
+def test_structure_that_decides_a_mean_is_named() -> None:
+    """A third of all forces is on one of 60 atoms and missed; others are off by half."""
+    forces = np.full((60, 3), 0.1)
+    forces[7] = 2.95
+    off = np.where(np.arange(60) == 7, 1.0, 0.5)[:, None]
+    found = parity(
+        [[1]] * 60, [True] * 60, energy=np.ones(60), forces=forces, forces_model=forces * (1 - off)
+    )
+    assert found.dominant() == [
+        "forces: structure 7 alone has 33% of the baseline's error; ratio without it 0.500"
+    ]
+    assert found.dominant()[0] in found.table()
+    forces[7] = 0.5  # 8 %
+    assert not parity([[1]] * 60, [True] * 60, forces=forces).dominant()
+
+
 def test_parity_without_stress_has_two_panels(tmp_path: Path) -> None:
     from matplotlib.image import imread
 

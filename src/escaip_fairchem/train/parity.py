@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from escaip_fairchem.predict.metrics import Sums
 
 BATCH_ATOMS = 2000
+#: Part of a trivial model's error from which on one structure is pointed out, among so many.
+LARGE_PART, MANY = 0.1, 50
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,29 @@ class Parity:
         """Mean cosine between predicted and labelled forces of free atoms."""
         return means(self._sums())["forces_cosine_similarity"][0]
 
+    def dominant(self) -> list[str]:
+        """Which one structure has much of a trivial model's error, and the ratio without it.
+
+        Returns:
+            A line for each of energy, forces and stress where there is such a structure: a mean
+            says little about the others then.
+        """
+        n = len(self.n_atoms)
+        sums = structure_sums(self, np.arange(n), n)
+        lines = []
+        for name in ("energy", "forces", "stress"):
+            if n < MANY or f"{name}_mae" not in sums:
+                continue
+            model, trivial, _ = sums[f"{name}_mae"].T
+            largest = trivial.argmax()
+            if trivial[largest] > LARGE_PART * trivial.sum():
+                rest = np.delete(model, largest).sum() / np.delete(trivial, largest).sum()
+                lines.append(
+                    f"{name}: structure {largest} alone has {trivial[largest] / trivial.sum():.0%} "
+                    f"of the baseline's error; ratio without it {rest:.3f}"
+                )
+        return lines
+
     def _sums(self) -> Sums:
         return structure_sums(self, np.zeros(len(self.n_atoms), int), 1)
 
@@ -78,6 +103,7 @@ class Parity:
             f"{len(self.energy)} structures; baseline: element references for the energy, "
             "zero for forces and stress"
         )
+        lines += self.dominant()
         return "\n".join(lines)
 
 
