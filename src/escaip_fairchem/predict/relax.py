@@ -108,17 +108,23 @@ class RelaxRunner(PredictRunner):
         def structures() -> Iterator[AtomicData]:
             for data, of_batch in batches:
                 arrays.append(of_batch)
-                yield from data.batch_to_atomicdata_list()
+                for one in data.batch_to_atomicdata_list():
+                    # else the last structure on its way would hold all of its batch, and with it
+                    # open files of the process that loaded it
+                    yield one.clone()
 
         ends = relax(predict, structures(), max_atoms=self.settings["max_atoms"], **self.relaxation)
         yield {}, {**join(arrays), **ends}
 
 
 class _OfData(Relaxation):
-    """One structure, as the model takes it."""
+    """One structure, as the model takes it; `number` is its place among all."""
 
-    def __init__(self, data: AtomicData, optimizer: str, maxstep: float | None, cell: bool) -> None:
+    def __init__(
+        self, number: int, data: AtomicData, optimizer: str, maxstep: float | None, cell: bool
+    ) -> None:
         super().__init__(data.to_ase_single(), optimizer, maxstep, cell=cell)
+        self.number = number
         self._data = data
 
     def data(self) -> AtomicData:
@@ -128,14 +134,26 @@ class _OfData(Relaxation):
         self._data.cell = torch.as_tensor(cell, dtype=self._data.cell.dtype)
         return self._data
 
-    def end(self) -> Results:
-        """Results at the end; NaN if there never were any."""
+    def end(self) -> Arrays:
+        """Its arrays of a part; NaN where there never were any results."""
         nothing = {
             "energy": np.nan,
             "forces": np.full((len(self.atoms), 3), np.nan),
             "stress": np.full(6, np.nan),
         }
-        return self.results or nothing
+        results = self.results or nothing
+        arrays = {
+            "energy": np.array([results["energy"]]),
+            "forces": results["forces"].astype(np.float32),
+            "positions": self.positions,
+            "cell": self.cell.array[None],
+            "steps": np.array([self.steps], np.int32),
+            "converged": np.array([self.converged]),
+        }
+        if "stress" in results:
+            stress = voigt_6_to_full_3x3_stress(results["stress"])
+            arrays["stress"] = stress.reshape(1, 9).astype(np.float32)
+        return arrays
 
 
 def relax(
@@ -165,33 +183,20 @@ def relax(
         Predictions at the end of each relaxation, in the order of the structures, and
         ``positions``, ``cell``, ``steps``, ``converged``.
     """
-    begun: list[_OfData] = []
-
-    def relaxations() -> Iterator[_OfData]:
-        for data in structures:
-            begun.append(_OfData(data, optimizer, maxstep, cell))
-            yield begun[-1]
+    relaxations = (
+        _OfData(number, data, optimizer, maxstep, cell) for number, data in enumerate(structures)
+    )
 
     def evaluate(moving: Sequence[_OfData]) -> list[Results]:
         predicted = predict(atomicdata_list_to_batch([each.data() for each in moving]))
         return _results(predicted, [len(each.atoms) for each in moving])
 
-    for each in relax_all(relaxations(), evaluate, fmax=fmax, steps=steps, max_atoms=max_atoms):
+    ends: dict[int, Arrays] = {}  # and not the relaxations, whose optimizers remember all steps
+    for each in relax_all(relaxations, evaluate, fmax=fmax, steps=steps, max_atoms=max_atoms):
         if each.error:
             logging.warning(f"a structure stops after {each.steps} steps: {each.error}")
-    ends = [each.end() for each in begun]
-    arrays = {
-        "energy": np.array([end["energy"] for end in ends]),
-        "forces": np.concatenate([end["forces"] for end in ends]).astype(np.float32),
-        "positions": np.concatenate([each.positions for each in begun]),
-        "cell": np.array([each.cell.array for each in begun]),
-        "steps": np.array([each.steps for each in begun], np.int32),
-        "converged": np.array([each.converged for each in begun]),
-    }
-    if all("stress" in end for end in ends):
-        full = voigt_6_to_full_3x3_stress([end["stress"] for end in ends])
-        arrays["stress"] = full.reshape(-1, 9).astype(np.float32)
-    return arrays
+        ends[each.number] = each.end()
+    return join([ends[number] for number in sorted(ends)])
 
 
 def _results(predicted: dict[str, Tensor], natoms: list[int]) -> list[Results]:

@@ -155,7 +155,7 @@ def relax_all(
         fmax: Largest force of a relaxed structure, eV/A.
         steps: Most steps of a structure.
         max_atoms: Atoms of a batch; a larger structure is alone.
-        after_step: Called with those that were evaluated, before any of them moves on.
+        after_step: Called after each step with those that go on.
 
     Yields:
         Each relaxation when it ends.
@@ -193,6 +193,7 @@ def _evaluate_each(
         return list(evaluate(moving))
     except (UserError, torch.OutOfMemoryError) as error:
         if len(moving) == 1:
-            return [str(error).splitlines()[0]]
+            return [str(error).partition("\n")[0]]
     # outside of the handler, which keeps what the failed evaluation has allocated
-    return [_evaluate_each(evaluate, [each])[0] for each in moving]
+    half = len(moving) // 2
+    return [*_evaluate_each(evaluate, moving[:half]), *_evaluate_each(evaluate, moving[half:])]
