@@ -325,6 +325,26 @@ def test_structure_that_decides_a_mean_is_named() -> None:
     assert not parity([[1]] * 60, [True] * 60, forces=forces).dominant()
 
 
+def test_nothing_is_named_where_a_mean_cannot_tell() -> None:
+    """Too few with labels, or no other structure that has any error to compare with."""
+    stress = np.full((60, 9), np.nan)
+    stress[:5] = np.arange(1, 6)[:, None]  # the last of five has a third
+    energy = np.where(np.arange(60) == 3, 2.0, 0.0)
+    names = np.array([f"{number}-frame-0" for number in range(60)])
+    found = parity(
+        [[1]] * 60,
+        [True] * 60,
+        energy=energy,
+        stress=stress,
+        stress_model=np.zeros((60, 9)),
+        names=names,
+    )
+    assert found.dominant() == []
+    found.stress[5:] = 0.1
+    [line] = found.dominant()
+    assert line.startswith("stress: structure 4-frame-0 alone has 24% of")
+
+
 def test_parity_without_stress_has_two_panels(tmp_path: Path) -> None:
     from matplotlib.image import imread
 

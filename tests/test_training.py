@@ -109,13 +109,16 @@ def test_baselines_are_those_of_the_labels(workplace: Path, parity: Parity) -> N
 
     shard = workplace / "data" / "oc20" / "sample" / "val" / "data.0000.aselmdb"
     with connect(shard, type="aselmdb", readonly=True, use_lock_file=False) as database:
-        frames = [row.toatoms() for row in database.select()]
+        rows = list(database.select())
+    frames = [row.toatoms() for row in rows]
     forces = np.concatenate(
         [atoms.get_forces(apply_constraint=False)[atoms.get_tags() > 0] for atoms in frames]
     )
     assert parity.errors()["force MAE, eV/A"][1] == pytest.approx(np.abs(forces).mean(), rel=1e-5)
     labels = [atoms.get_potential_energy() for atoms in frames]
     assert np.allclose(np.sort(parity.energy), np.sort(labels), rtol=1e-6)
+    names = [f"{row.data['sid']}-frame-{row.data['fid']}" for row in rows]
+    assert sorted(parity.names) == sorted(names)
 
 
 def test_plot(trained: tuple[Path, str], workplace: Path, monkeypatch, capsys) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from escaip_fairchem.predict.metrics import Sums
 
 BATCH_ATOMS = 2000
-#: Part of a trivial model's error from which on one structure is pointed out, among so many.
+#: Part of a trivial model's error from which on one of so many labelled structures is pointed out.
 LARGE_PART, MANY = 0.1, 50
 
 
@@ -38,6 +38,7 @@ class Parity:
         forces_model: Predicted forces of free atoms, eV/A, (F, 3).
         stress: Stress labels, eV/A^3, (S, 9), or (0, 9) for a model without stress.
         stress_model: Predicted stress, eV/A^3, of the same shape.
+        names: Of the structures, (S,), if known: system and frame, or the place in the data set.
     """
 
     n_atoms: np.ndarray
@@ -50,6 +51,7 @@ class Parity:
     forces_model: np.ndarray
     stress: np.ndarray
     stress_model: np.ndarray
+    names: np.ndarray | None = None
 
     def errors(self) -> dict[str, tuple[float, float]]:
         """Mean absolute errors as (model, baseline); zero is the baseline of forces and stress."""
@@ -77,15 +79,17 @@ class Parity:
         sums = structure_sums(self, np.arange(n), n)
         lines = []
         for name in ("energy", "forces", "stress"):
-            if n < MANY or f"{name}_mae" not in sums:
+            model, trivial, counts = sums.get(f"{name}_mae", np.zeros((n, 3))).T
+            if np.count_nonzero(counts) < MANY:
                 continue
-            model, trivial, _ = sums[f"{name}_mae"].T
             largest = trivial.argmax()
-            if trivial[largest] > LARGE_PART * trivial.sum():
-                rest = np.delete(model, largest).sum() / np.delete(trivial, largest).sum()
+            others = np.delete(trivial, largest).sum()
+            if trivial[largest] > LARGE_PART * trivial.sum() and others > 0:
+                named = largest if self.names is None else self.names[largest]
                 lines.append(
-                    f"{name}: structure {largest} alone has {trivial[largest] / trivial.sum():.0%} "
-                    f"of the baseline's error; ratio without it {rest:.3f}"
+                    f"{name}: structure {named} alone has {trivial[largest] / trivial.sum():.0%} "
+                    "of the baseline's error; ratio without it "
+                    f"{np.delete(model, largest).sum() / others:.3f}"
                 )
         return lines
 
@@ -124,8 +128,9 @@ def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parit
     dataset = instantiate(config.runner.eval_dataloader.dataset)
     unit = load_predict_unit(checkpoint, inference_settings=InferenceSettings(compile=False))
     energy_task = next(task for task in unit.tasks.values() if task.property == "energy")
+    chosen = evenly_spaced(dataset, max_structures)
     columns: list[tuple[np.ndarray, ...]] = []
-    for structures in _batches(dataset[index] for index in evenly_spaced(dataset, max_structures)):
+    for structures in _batches(dataset[index] for index in chosen):
         batch = atomicdata_list_to_batch(structures)
         # predict moves its batch to the GPU
         predicted = {k: v.detach().cpu().numpy() for k, v in unit.predict(batch.clone()).items()}
@@ -142,9 +147,11 @@ def evaluate(config: Any, checkpoint: Path, max_structures: int = 1000) -> Parit
                 batch.forces.numpy()[free],
                 predicted["forces"][free],
                 *_stress(batch, predicted),
+                np.array(batch.sid, str),
             )
         )
-    return Parity(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    *values, names = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Parity(*values, np.where(names == "", np.array(chosen, str), names))
 
 
 def _stress(batch: Any, predicted: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
