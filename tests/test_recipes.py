@@ -369,6 +369,15 @@ def test_few_frames_keeps_its_scale_for_any_data(data_root: Path) -> None:
     assert compose(FEW, "normalizer.rmsd=2").runner.train_eval_unit.tasks[0].normalizer.rmsd == 2
 
 
+def test_scales_may_be_integers() -> None:
+    own = [f"normalizer.{name}" for name in ("mean=-3", "rmsd=2", "stress_rmsd=4")]
+    values = torch.tensor([1.0, 6.0])
+    for task in compose(MPTRJ, *own).runner.train_eval_unit.tasks:
+        mean, rmsd = {"energy": (-3, 2), "forces": (0, 2), "stress": (0, 4)}[task.name]
+        scaled = hydra.utils.instantiate(task.normalizer).norm(values)
+        torch.testing.assert_close(scaled, (values - mean) / rmsd)
+
+
 def test_parts_of_few_frames_can_be_built_and_chosen_elsewhere() -> None:
     unit = compose(FEW).runner.train_eval_unit
     net = torch.nn.Linear(8, 8)

@@ -85,7 +85,7 @@ RECIPE_KEYS = {
     "loss": "weights: `loss.energy`, `loss.forces` and, with stress, `loss.stress`",
     "optim": "`weight_decay`, `warmup_factor`, `warmup_epochs`, `lr_min_factor`, `clip_grad_norm`, "
     "`ema_decay`",
-    "normalizer": "`mean` (eV) is added to energies, `rmsd` multiplies outputs; write 1.0, not 1",
+    "normalizer": "`mean` (eV) is added to energies, `rmsd` multiplies outputs",
     "element_refs": "`element_refs.energy`: eV of each element, index = atomic number",
     "bf16": "mixed precision in bfloat16",
     "fp16": "mixed precision in float16 with loss scaling, for GPUs without bfloat16",

@@ -229,8 +229,7 @@ def write_dataset_group(
         stress_rms: Stress scale, eV/A^3, if the data has stress.
         comment: One line that says where the numbers come from.
     """
-    # Fixed-point numbers, because YAML reads 1e-05 as a string and 1 as an integer, and
-    # fairchem's normalizer takes floats only.
+    # Fixed-point numbers, because YAML reads 1e-05 as a string.
     lines = [
         "# @package _global_",
         f"# {comment}",
