@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,3 +171,22 @@ def test_reducers_after_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_launch.runner_wrapper(*passed_on)
     slurm_launch.runner_wrapper({})
     assert found == [({}, "reduce"), ({}, "run")]
+
+
+def test_a_signal_before_the_runner_exists(tmp_path: Path) -> None:
+    """submitit requeues the job as it was."""
+    from fairchem.core.launchers.slurm_launch import SlurmSPMDProgram
+    from submitit.core.job_environment import SignalHandler
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    submission = DelayedSubmission(SlurmSPMDProgram(), {"a": 1}, "reduce")
+    submission.set_timeout(60, 3)
+    requeued: list[int] = []
+    environment = SimpleNamespace(global_rank=0, _requeue=requeued.append)
+    paths = JobPaths(tmp_path, "1")
+    with pytest.raises(SystemExit):
+        SignalHandler(environment, paths, submission).checkpoint_and_try_requeue(signal.SIGUSR2)
+    assert requeued == [3]
+    again = DelayedSubmission.load(paths.submitted_pickle)
+    assert type(again.function) is SlurmSPMDProgram
+    assert again.args == ({"a": 1}, "reduce")
