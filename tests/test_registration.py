@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import SplitResult, urlsplit
 
 import pytest
 
@@ -151,6 +152,24 @@ def test_each_start_has_a_file_of_its_own_to_meet(tmp_path: Path) -> None:
     assert {file.parent for file in files} == {folder}
     assert not any(file.exists() for file in files)
     assert {file.name for file in folder.iterdir()} == {".shared-0", ".shared-1-6"}
+
+
+def test_each_job_has_a_port_of_its_own_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fairchem.core.common import distutils
+
+    monkeypatch.setattr(distutils.subprocess, "check_output", lambda *_: b"node7\nnode8\n")
+
+    def met(job: str, rank: int) -> SplitResult:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        return urlsplit(distutils.get_init_method("tcp", 2, rank, "node[7-8]"))
+
+    found = [met(job, rank) for job in ("4711", "4712", "19999", "4311555") for rank in (0, 1)]
+    assert [each.hostname for each in found] == ["node7"] * 8
+    assert [each.query for each in found[:2]] == ["world_size=2&rank=0", "world_size=2&rank=1"]
+    ports = [each.port for each in found]
+    assert ports[::2] == ports[1::2]
+    assert len(set(ports)) == 4
+    assert all(1024 < port < 32768 for port in ports)
 
 
 def test_reducers_after_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,13 @@
-"""A file of its own for each start of a run whose ranks meet by a file.
+"""A port of its own for each job whose ranks meet over TCP; a file for each start where by a file.
+
+On SLURM fairchem's ranks meet at one port, so that two jobs with several ranks each cannot share a
+node.
 
 With ``job.scheduler.distributed_init_method: FILE`` fairchem's ranks meet in one file of the run's
 folder. A start that was killed leaves it behind with its addresses, and the next one (requeued,
-or the same command again) calls on ranks that are gone, then hangs for half an hour. Standard
-library only, as `_registration` needs it.
+or the same command again) calls on ranks that are gone, then hangs for half an hour.
+
+Standard library only, as `_registration` needs it.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ DISTRIBUTED_MODULE = "fairchem.core.common.distutils"
 FUNCTION = "get_file_init_method"
 #: What tells one start from another, equal on all its ranks.
 VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID")
+#: Below those that systems give out by themselves, from 32768 on Linux.
+PORTS = range(10_000, 30_000)
 
 
 def install(module: ModuleType) -> None:
-    """Let fairchem's `distutils` name the file by the start.
+    """Let fairchem's `distutils` choose the port by the job, and name the file by the start.
 
     Args:
         module: `fairchem.core.common.distutils`, executed.
@@ -40,6 +46,16 @@ def install(module: ModuleType) -> None:
         return original(filename=filename, **ranks)
 
     setattr(module, FUNCTION, get_file_init_method)
+    tcp = module.get_tcp_init_method
+
+    @functools.wraps(tcp)
+    def get_tcp_init_method(*, port: int | None = None, **ranks: Any) -> str:
+        job = os.environ.get("SLURM_JOB_ID", "")
+        if port == module.DISTRIBUTED_PORT and job.isdigit():
+            port = PORTS[int(job) % len(PORTS)]
+        return tcp(port=port, **ranks)
+
+    module.get_tcp_init_method = get_tcp_init_method
 
 
 def _file_of_this_start(file: Path, world_size: int | None, rank: int | None) -> str:
