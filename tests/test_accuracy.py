@@ -20,7 +20,8 @@ from escaip_fairchem import UserError
 from escaip_fairchem.bench.accuracy import options as accuracy
 from escaip_fairchem.bench.accuracy import plan, run
 from escaip_fairchem.bench.accuracy.options import MODELS, Options
-from escaip_fairchem.bench.accuracy.results import Outcome, tables
+from escaip_fairchem.bench.accuracy.results import Outcome, tables, write_tables
+from escaip_fairchem.bench.report import environment
 from escaip_fairchem.cli import main
 from escaip_fairchem.data.convert import SplitOptions, convert
 from escaip_fairchem.sweep import local
@@ -267,6 +268,16 @@ def test_models_are_compared_where_the_first_of_them_ends():
     assert f"| EScAIP, recipe as shipped | {line}" in text
     assert "not evaluated yet" in tables([fast, outcome("esen", 90)])
     assert "| 0.75 (0.25 to 1.25), 0.19 of baseline |" in tables([fast, outcome("escaip", 400, 1)])
+
+
+def test_hardware_is_that_of_the_run(tmp_path):
+    devices = ["NVIDIA H100", "cpu, 2 threads a rank"]
+    write_tables(
+        [Outcome(d, "escaip", 0, "failed", summary={"device": d}) for d in devices], tmp_path
+    )
+    with (tmp_path / "trainings.csv").open(newline="") as file:
+        found = [row["hardware"] for row in csv.DictReader(file)]
+    assert found == ["NVIDIA H100", environment("cpu")["hardware"]]
 
 
 @pytest.mark.full

@@ -120,11 +120,12 @@ def write_tables(found: Sequence[Outcome], folder: Path) -> list[Path]:
 
 def _row(outcome: Outcome, where: dict[str, str]) -> dict[str, Any]:
     last, summary = (outcome.curve or [{}])[-1], outcome.summary
-    versions = summary.get("versions", {})
+    # a GPU's name; of a CPU only how many threads of it
+    device, versions = summary.get("device") or "", summary.get("versions", {})
     row = {
         "date": where["date"],
-        "hardware": where["hardware"],
-        "device": summary.get("device"),
+        "hardware": where["hardware"] if device.startswith("cpu") else device,
+        "device": device,
         "torch": versions.get("torch"),
         "fairchem_core": versions.get("fairchem_core"),
         "version": versions.get("escaip_fairchem"),
