@@ -32,7 +32,7 @@ from escaip_fairchem.sweep.compose import composer, to_yaml
 from escaip_fairchem.sweep.halving import decide, decision, ranked
 from escaip_fairchem.sweep.local import run_locally
 from escaip_fairchem.sweep.points import expand, override, point_name
-from escaip_fairchem.sweep.run import cancel
+from escaip_fairchem.sweep.run import cancel, retry
 from escaip_fairchem.sweep.spec import Halving, load_spec, parse_spec
 from escaip_fairchem.sweep.states import look
 from escaip_fairchem.sweep.store import Sweep, difference, load_sweep
@@ -485,6 +485,20 @@ def test_watches_as_long_as_the_command_is_at_work(tmp_path, monkeypatch, capsys
     watch(tmp_path, every=0)
     assert not answers
     assert capsys.readouterr().out.count("2 new") == 3
+
+
+def test_points_may_be_cancelled_while_the_sweep_composes(tmp_path, monkeypatch):
+    Sweep(tmp_path, points={"a": {}, "b": {}}).save()
+    composing = load_sweep(tmp_path)
+    cancel(tmp_path, ["a"])
+    composing.parallel = 2
+    composing.save()
+    found = load_sweep(tmp_path)
+    assert (found.canceled, found.parallel) == (["a"], 2)
+    assert [state.state for state in look(composing)] == ["canceled", "new"]
+    monkeypatch.setattr("escaip_fairchem.sweep.run._carry_on", lambda *_, **__: None)
+    retry(tmp_path, ["a"])
+    assert load_sweep(tmp_path).canceled == []
 
 
 def test_a_sweep_in_the_background_of_a_script_is_cancelled(tmp_path, monkeypatch, capsys):

@@ -80,8 +80,7 @@ def retry(folder: Path, names: list[str]) -> None:
         for name in again:
             if states[name].state == "failed":
                 print(f"{name}: had failed: {states[name].reason}")
-        sweep.canceled = [name for name in sweep.canceled if name not in again]
-        sweep.save()
+        sweep.save_canceled(set(sweep.canceled).difference(again))
         _carry_on(sweep, again, settled=("finished", "eliminated"))
 
 
@@ -99,8 +98,8 @@ def cancel(folder: Path, names: list[str]) -> None:
     chosen = set(select(sweep, names))
     states = [state for state in look(sweep) if state.name in chosen]
     left = [state.name for state in states if state.state not in SETTLED]
-    sweep.canceled = sorted({*sweep.canceled, *left})
-    sweep.save()
+    sweep = load_sweep(folder)  # jobs may have been submitted during the look
+    sweep.save_canceled({*sweep.canceled, *left})
     ended = len(states) - len(left)
     print(f"cancelled {len(left)} points" + (f"; {ended} had ended before" if ended else ""))
     owner = holder(folder)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.files import write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 STATE_NAME = "sweep.json"
 # Where and when a point runs may change between its starts; what it computes may not.
@@ -65,7 +68,17 @@ class Sweep:
         return self.folder / "configs" / f"{name}.yaml"
 
     def save(self) -> None:
-        """Write sweep.json whole, or leave it as it was."""
+        """Write sweep.json whole, or leave it as it was; `canceled` stays as it is there."""
+        if (self.folder / STATE_NAME).is_file():
+            self.canceled = load_sweep(self.folder).canceled
+        self._write()
+
+    def save_canceled(self, names: Iterable[str]) -> None:
+        """Write sweep.json with the names of all points that are cancelled."""
+        self.canceled = sorted(names)
+        self._write()
+
+    def _write(self) -> None:
         state = {key: value for key, value in vars(self).items() if key != "folder"}
         write_whole(self.folder / STATE_NAME, json.dumps(state, indent=1) + "\n")
 
