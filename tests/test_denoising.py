@@ -17,7 +17,7 @@ from escaip_fairchem import calculator
 from escaip_fairchem.data.corruption import GIVEN, LABELLED, NOISE, corrupt, corrupt_all
 from escaip_fairchem.data.sample import make_sample
 from escaip_fairchem.data.store import SplitWriter
-from escaip_fairchem.describe import load_safely
+from escaip_fairchem.describe import describe, load_safely, text
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.features import force_projections
 from escaip_fairchem.train.callbacks import read_metrics
@@ -376,6 +376,8 @@ def test_checkpoint_serves_as_any_other(direct: Path, caplog: pytest.LogCaptureF
     with caplog.at_level("INFO"):
         plain = build_model(start=str(direct), backbone=backbone, heads=heads)
     assert "stay behind, which served denoising" in caplog.text
+    said = describe(direct)
+    assert said["parameters"] == sum(value.numel() for value in plain.state_dict().values())
     batch = make_batch(atoms, dtype=torch.float32)
     with torch.no_grad():
         found = plain.eval()(batch)
@@ -385,6 +387,7 @@ def test_checkpoint_serves_as_any_other(direct: Path, caplog: pytest.LogCaptureF
 
     weights, start = stored.ema_state_dict, read_start(direct)
     assert start.denoising == sum(weights[name].numel() for name in parts)
+    assert f"and {start.denoising:,} that only denoising uses" in text(said)
     gone = set(weights) - set(start.checkpoint.ema_state_dict)
     assert gone == {name for name in weights if "attributes.forces." in name or NOISE in name}
     assert "force_encoding" not in start.model["backbone"]

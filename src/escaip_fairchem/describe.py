@@ -33,10 +33,14 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: Nothing there, or not a checkpoint of this package.
     """
+    from escaip_fairchem.train.denoising import belongs_to_denoising
+
     path = find_checkpoint(Path(path))
     checkpoint = load_safely(path)
     config = read_config(path, checkpoint.model_config["backbone"])
     weights = {k: v for k, v in checkpoint.model_state_dict.items() if k != "n_averaged"}
+    sizes = {name: math.prod(weight.shape) for name, weight in weights.items()}
+    denoising = sum(size for name, size in sizes.items() if belongs_to_denoising(name))
     heads = checkpoint.model_config["heads"]
     return {
         "checkpoint": str(path),
@@ -45,7 +49,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "num_layers": config.num_layers,
         "num_heads": config.num_heads,
         "heads": {name: str(head["module"]).rpartition(".")[2] for name, head in heads.items()},
-        "parameters": sum(math.prod(weight.shape) for weight in weights.values()),
+        "parameters": sum(sizes.values()) - denoising,
+        "denoising_parameters": denoising,
         "cutoff": config.cutoff,
         "max_neighbors": config.max_neighbors,
         "graph": config.graph,
@@ -215,6 +220,7 @@ def text(found: dict[str, Any]) -> str:
     """
     from ase.data import chemical_symbols
 
+    denoising = found["denoising_parameters"]
     cut = "soft" if found["graph"] == "soft_knn" else "strict"
     heads = ", ".join(f"{name} ({module})" for name, module in found["heads"].items())
     forces = {
@@ -226,7 +232,8 @@ def text(found: dict[str, Any]) -> str:
         "checkpoint": found["checkpoint"],
         "model": f"EScAIP, preset {found['preset']}, hidden {found['hidden_size']}, "
         f"{found['num_layers']} layers, {found['num_heads']} heads; "
-        f"{found['parameters']:,} parameters",
+        f"{found['parameters']:,} parameters"
+        + (f", and {denoising:,} that only denoising uses, in training" if denoising else ""),
         "heads": heads,
         "forces": forces,
         "neighbours": f"{cut} nearest {found['max_neighbors']} within {found['cutoff']:g} A"
