@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from fairchem.core.datasets.atomic_data import AtomicData
 
-#: What a batch gets besides: the noise, A, [N, 3], NaN where there is none; the forces as they were
-#: labelled; and those that the model is given, 0 where there is no noise. fairchem takes a label
-#: for one of vectors if its name has "forces" in it.
+#: What a batch gets besides: the noise, A, [N, 3], not finite where there is none; the forces as
+#: they were labelled; and those that the model is given, 0 where there is no noise. fairchem takes
+#: a label for one of vectors if its name has "forces" in it.
 NOISE, LABELLED, GIVEN = "denoising_forces", "labelled_forces", "encoded_forces"
 
 
@@ -46,11 +46,13 @@ def corrupt(
     max_force_norm: float | None,
     scale: float,
     forces: str = "forces",
+    free_only: bool = True,
 ) -> None:
     """Move some atoms of some structures, and say of them the noise in place of the forces.
 
-    For fairchem a value that is not finite is no label. So forces of moved atoms become NaN, and
-    so does the stress of their structures, which those who trained on MPtrj left out, too; the
+    For fairchem a value that is not finite is no label. So forces of moved atoms become infinite,
+    as is the noise of atoms whose forces are learnt: NaN is left to atoms of which nothing is. The
+    stress of their structures becomes NaN, which those who trained on MPtrj left out, too; the
     energy stays that of the structure as it was. Only free atoms with a labelled force move, and
     none that is alone in its structure, because a model cannot see that it did.
 
@@ -63,6 +65,7 @@ def corrupt(
         max_force_norm: A structure with a larger force, eV/A, stays as it is; None: none does.
         scale: Force, eV/A, that the model is given as 1.
         forces: Name of the labels.
+        free_only: Whether forces of fixed atoms are not learnt.
     """
     labels, index = batch[forces], batch.batch
     number = len(batch.natoms)
@@ -73,12 +76,13 @@ def corrupt(
         norms = torch.linalg.vector_norm(labels.nan_to_num(), dim=1)
         largest = norms.new_zeros(number).scatter_reduce(0, index, norms, "amax")
         chosen &= largest <= max_force_norm
-    moved = chosen[index] & picked & (batch.fixed == 0) & labels.isfinite().all(1)
-    where = moved[:, None]
+    free, labelled = batch.fixed == 0, labels.isfinite().all(1)
+    moved = chosen[index] & picked & free & labelled
+    where, learnt = moved[:, None], (labelled & free if free_only else labelled)[:, None]
     batch[LABELLED] = labels
     batch[GIVEN] = torch.where(where, labels / scale, 0.0)
-    batch[NOISE] = torch.where(where, noise, torch.nan)
-    batch[forces] = torch.where(where, torch.nan, labels)
+    batch[NOISE] = torch.where(where, noise, torch.where(learnt, torch.inf, torch.nan))
+    batch[forces] = torch.where(where, torch.inf, torch.where(labelled[:, None], labels, torch.nan))
     batch.pos = torch.where(where, batch.pos + noise, batch.pos)
     if "stress" in batch:
         corrupted = torch.zeros(number, dtype=torch.bool).index_fill(0, index[moved], True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fairchem.core.modules.loss import L2NormLoss
@@ -23,14 +23,29 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+class SharedLoss(SummedLoss):
+    """A loss of forces or of noise: the mean over a structure counts the atoms of both.
+
+    Those of the other kind have an infinite target, see `corrupt`.
+    """
+
+    def forward(self, pred: Tensor, target: Tensor, mult_mask: Tensor, natoms: Tensor) -> Tensor:
+        """As of `DDPMTLoss`."""
+        self._counted = mult_mask | target.isinf().all(1)
+        return super().forward(pred, target, mult_mask, natoms)
+
+    def per_structure(self, pred: Tensor, _: Tensor, *others: Any) -> Tensor:
+        """As of `DDPMTLoss`."""
+        return super().per_structure(pred, self._counted, *others)
+
+
 @dataclass(frozen=True)
 class Denoising:
     """What is corrupted, and how much it weighs; see `escaip_fairchem.data.corruption`.
 
     The loss is the length of the error of the noise in units of its standard deviation, reduced as
-    that of the forces. A mean over atoms is over all labelled ones, as in the authors' code: each
-    counts once, by its force or by its noise. ``per_structure`` a corrupted structure has two
-    means, over its moved atoms and over the others.
+    that of the forces. A mean, over all atoms or over those of a structure, is over all labelled
+    ones, as in the authors' code: each counts once, by its force or by its noise.
 
     Attributes:
         prob: Part of the training structures that are corrupted.
@@ -71,15 +86,16 @@ class Denoising:
         """
         forces = _forces(tasks)
         loss = forces.loss_fn
+        shared = replace(forces, loss_fn=SharedLoss(loss.loss_fn, loss.reduction, loss.coefficient))
         noise = replace(
             forces,
             name=NOISE,
             property="noise",
             normalizer=Normalizer(mean=0.0, rmsd=self.std),
-            loss_fn=SummedLoss(L2NormLoss(), loss.reduction, self.weight * loss.coefficient),
+            loss_fn=SharedLoss(L2NormLoss(), loss.reduction, self.weight * loss.coefficient),
             metrics=[],
         )
-        return [*tasks, noise]
+        return [*(shared if task is forces else task for task in tasks), noise]
 
     @staticmethod
     def counted(tasks: Sequence[Task]) -> list[Task]:
@@ -109,6 +125,7 @@ class Denoising:
             max_force_norm=self.max_force_norm,
             scale=float(forces.normalizer.rmsd),
             forces=forces.name,
+            free_only=forces.train_on_free_atoms,
         )
 
     def error(self, predictions: Mapping[str, Mapping[str, Tensor]], batch: AtomicData) -> Tensor:
@@ -118,7 +135,7 @@ class Denoising:
         """
         moved = batch[NOISE].isfinite().all(1)
         predicted = self.std * predictions[NOISE]["noise"].detach().double()
-        lengths = torch.linalg.vector_norm(predicted - batch[NOISE].nan_to_num(), dim=1)
+        lengths = torch.linalg.vector_norm(predicted - batch[NOISE].nan_to_num(posinf=0.0), dim=1)
         return torch.stack([(lengths * moved).sum(), moved.sum()])
 
 

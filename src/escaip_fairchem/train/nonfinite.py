@@ -165,7 +165,7 @@ def structures(batch: AtomicData) -> list[Atoms]:
             info={"sid": str(sids[index])} if len(sids) else {},
         )
         if NOISE in batch:
-            atoms.set_array("noise", batch[NOISE][mine].nan_to_num().numpy())
+            atoms.set_array("noise", batch[NOISE][mine].nan_to_num(posinf=0.0).numpy())
         results: dict[str, Any] = {}
         for name, value in labels.items():
             if name == "forces":
