@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import termios
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,27 @@ def test_control_c(folder: Path, undisturbed: tuple[Any, float]) -> None:
     command = run.said().rpartition("fairchem -c ")[2].split()[0]
     assert command == "runs/one/canonical_config.yaml"
     assert Run(folder, command).wait() == 0
+    assert_same(result(folder), undisturbed[0])
+    shutil.rmtree(run_of(folder))
+
+
+def test_closed_terminal(folder: Path, undisturbed: tuple[Any, float]) -> None:
+    """It saves and stops, though the bar of progress can no longer be written."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    run = Run(folder, "config.yaml", "runner.callbacks.2.enabled=true", errors=os.ttyname(theirs))
+    shown = os.read(ours, 1000)
+    os.close(theirs)
+    while b"steps/s" not in shown:
+        shown += os.read(ours, 1000)
+    run.send_signal(signal.SIGSTOP)  # a terminal sends the signal as it closes
+    os.close(ours)
+    run.send_signal(signal.SIGHUP)
+    run.send_signal(signal.SIGCONT)
+    assert run.wait() == 129
+    assert read_status(run_of(folder)).reason == "SIGHUP"
+    assert "go on by: fairchem -c runs/one/canonical_config.yaml" in run.said()
+    assert Run(folder, "config.yaml").wait() == 0
     assert_same(result(folder), undisturbed[0])
     shutil.rmtree(run_of(folder))
 

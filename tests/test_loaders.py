@@ -7,11 +7,14 @@ import sys
 
 # A traceback, too, may keep the iterator whose end would end its worker.
 STOPPED = """
-import sys, torch
+import multiprocessing, os, signal, sys, time, torch
 from escaip_fairchem.data.loaders import get_dataloader
 loader = get_dataloader(torch.arange(4), lambda **_: [[0, 1], [2, 3]], list, num_workers=1)
 sys.kept = iter(loader)
 next(sys.kept)
+for worker in multiprocessing.active_children():
+    os.kill(worker.pid, signal.SIGHUP)  # as by a terminal that closes
+time.sleep(0.5)
 raise SystemExit(143)
 """
 

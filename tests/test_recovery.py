@@ -219,6 +219,17 @@ def test_continued_run_is_bitwise_the_undisturbed_one(
     assert (status.state, status.restarts) == ("finished", 1)
 
 
+def test_goes_on_under_nohup(configs: Any, tmp_path: Path, monkeypatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt(monkeypatch, "train_step", 3, signal.SIGHUP)
+        run(configs["dropout"], tmp_path)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_status(tmp_path / "run").state == "finished"
+
+
 def test_pauses(configs: Any, whole: Any, tmp_path: Path, capsys) -> None:
     """At the step of an evaluation, and at that of the end of an epoch."""
     for stop in (4, 10):

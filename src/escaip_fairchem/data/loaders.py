@@ -81,7 +81,7 @@ def ignore_signals(_worker: int) -> None:
     before it could save. Workers end with their data loader, or with its process.
     """
     own = getattr(signal, "SIG" + os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
-    for number in (signal.SIGINT, signal.SIGTERM, own):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, own):
         signal.signal(number, signal.SIG_IGN)
 
 

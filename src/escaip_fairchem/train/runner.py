@@ -85,9 +85,9 @@ class TrainEvalRunner(train_runner.TrainEvalRunner):
     of the parts. Objects are accepted too. fairchem calls `load_state` before `run`, so the
     parts exist before anything needs them.
 
-    One process group trains into the folder of a run at a time. On SIGTERM, SIGINT, and the signal
-    by which submitit asks a job to end, all ranks write a checkpoint together between two steps and
-    stop; a job of submitit is requeued if the signal was its own.
+    One process group trains into the folder of a run at a time. On SIGTERM, SIGHUP, SIGINT, and the
+    signal by which submitit asks a job to end, all ranks write a checkpoint together between two
+    steps and stop; a job of submitit is requeued if the signal was its own.
 
     Args:
         stop_at_step: Where to pause, or None; what remains is as if the run had not paused.

@@ -1,15 +1,18 @@
 """Signals that end a run in good order: noted when they come, acted on between two steps.
 
 Batch systems ask a job to end by SIGUSR2 (submitit: preemption and time limits) or SIGTERM (SLURM:
-requeue, cancellation, shutdown of a node); people by Ctrl-C. A checkpoint takes all ranks, and they
-get their signals at different moments, or not at all, so they first agree; see `TrainEvalUnit`.
+requeue, cancellation, shutdown of a node); people by Ctrl-C, and a terminal that closes by SIGHUP.
+A checkpoint takes all ranks, and they get their signals at different moments, or not at all, so
+they first agree; see `TrainEvalUnit`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
+import stat
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -51,7 +54,9 @@ class Signals:
     def __init__(self) -> None:
         requeue = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
         self.requeue = getattr(signal, f"SIG{requeue}", signal.SIGUSR2)
-        self.kinds: tuple[int, ...] = (self.requeue, signal.SIGTERM, signal.SIGINT)
+        self.kinds: tuple[int, ...] = (
+            self.requeue, signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+        )  # fmt: skip
         self._came = dict.fromkeys(self.kinds, False)
         self._before: dict[int, Any] = {}
         self._interrupted = 0.0
@@ -61,6 +66,8 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self.kinds:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
 
@@ -96,6 +103,8 @@ class Signals:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._came[number] = True
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if number != signal.SIGINT:
             return
         now = time.monotonic()
@@ -105,6 +114,16 @@ class Signals:
             # print() may not be entered a second time by a handler
             os.write(2, b"stopping after this step; Ctrl-C again stops at once\n")
             self._interrupted = now
+
+
+def _leave_terminal() -> None:
+    """Write no more to a terminal that is gone, nor to pipes into what ended with it: both fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # it may be closed
+            if not stat.S_ISREG(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def requeue(handler: Any, number: int, *, rank: int, progress: bool) -> None:
