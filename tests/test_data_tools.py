@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -145,6 +146,30 @@ def test_references_against_numpy(spice: Path, root: Path, capsys) -> None:
     assert dataset["normalizer"]["energy_residual"] == pytest.approx(rms, rel=1e-6)
     assert main(["references", str(spice / "spice"), "--name", "again"]) == 2
     assert "again.yaml exists; choose another name or pass --overwrite" in capsys.readouterr().err
+
+
+def test_options_of_a_format(test_data: Path, root: Path, capsys) -> None:
+    """Normal equations of the fit, with either energies of the file."""
+    path = test_data / "formats" / "SPICE-1.1.4_n2.hdf5"
+    said = []
+    for energy, key in (("total", "dft_total_energy"), ("formation", "formation_energy")):
+        arguments = [str(path), "--set", f"energy={energy}"]
+        assert main(["references", *arguments, "--out", f"{energy}.yaml"]) == 0
+        values = np.array(yaml.safe_load((root / f"{energy}.yaml").read_text())["energy"])
+        with h5py.File(path) as file:
+            counts, energies = zip(
+                *((np.bincount(group["atomic_numbers"], minlength=120), 27.21138602 * label)
+                  for group in file.values() for label in group[key]), strict=True,
+            )  # fmt: skip
+        left = (np.array(energies) - np.array(counts) @ values) @ np.array(counts)
+        assert np.abs(left).max() < 1e-7 * np.abs(energies).sum()
+        capsys.readouterr()
+        assert main(["inspect", *arguments]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] != said[1]
+    for tool in ("references", "inspect"):
+        assert main([tool, str(path), "--set", "energie=total"]) == 2
+        assert "did you mean 'energy'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("by_file", [False, True])

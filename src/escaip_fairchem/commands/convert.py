@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from escaip_fairchem.data.arguments import KEYS, add_source, settings_of
+
 EPILOG = """\
 Writes OUT/train and OUT/val (ASE-LMDB with metadata.npz), OUT/dataset.yaml with element
 references and force scale fitted on train, a copy of it as $ESCAIP_DATA/configs/dataset/NAME.yaml,
@@ -19,13 +21,6 @@ depend on that, nor on --workers.
 Energies are in eV, forces in eV/A, stresses in eV/A^3; forces are stored raw, those on fixed
 atoms included. Kept: tags, FixAtoms, and the plain values of info (sid, fid, charge, spin ...).
 """
-KEYS = {
-    "energy": "info key, eV",
-    "forces": "arrays key, eV/A",
-    "stress": "info key, eV/A^3, 6 or 9 numbers",
-    "charge": "info key, e",
-    "spin": "info key, multiplicity",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,25 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", help="fairchem's dataset label, stored in checkpoints (NAME)")
 
     source = parser.add_argument_group("source")
-    source.add_argument(
-        "--format", metavar="NAME", help="layout of the files (found by a look at them)"
-    )
-    source.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="option of the format; may be repeated, a wrong name lists them",
-    )
+    add_source(source, KEYS)
     source.add_argument(
         "--unlabelled",
         action="store_true",
         help="structures without labels, such as test sets; all go to OUT/test",
     )
-    for name, text in KEYS.items():
-        source.add_argument(
-            f"--{name}-key", metavar="KEY", help=f"{name}, if ASE does not find it: {text}"
-        )
 
     split = parser.add_argument_group("split (frames at random, unless a key is given)")
     split.add_argument("--val-fraction", type=float, metavar="X", help="part held out (0.1)")
@@ -105,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
             split=_split(args),
             val=args.val,
             format=args.format,
-            settings=_settings(args.set),
+            settings=settings_of(args),
             keys=LabelKeys(**{name: getattr(args, f"{name}_key") for name in KEYS}),
             check_units=not args.skip_unit_checks,
             unlabelled=args.unlabelled,
@@ -131,21 +113,3 @@ def _split(args: argparse.Namespace) -> Any:
     }
     given = {name: value for name, value in given.items() if value is not None}
     return SplitOptions(**given) if given else None
-
-
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """Options of the format, their values read as YAML."""
-    import yaml
-
-    from escaip_fairchem.errors import UserError
-
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair}: give KEY=VALUE")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {pair}: the value is no YAML; put text in quotes") from None
-    return settings

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from escaip_fairchem.data.arguments import add_source, options_of
+
 EPILOG = """\
-DATA is a folder that `escaip convert` made, a folder of ASE-LMDB files, or files that ASE reads.
+DATA is a folder that `escaip convert` made, or what it reads.
 With a recipe, what it assumes is compared with the data; further words are overrides as on
 fairchem's command line: `--recipe configs/oc20/escaip_2m.yml dataset=mine max_atoms=400`.
 """
@@ -29,14 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="figure (inspect_NAME.png)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
-    parser.add_argument("--energy-key", metavar="KEY", help="info key of the energy, eV")
-    parser.add_argument("--forces-key", metavar="KEY", help="arrays key of the forces, eV/A")
-    parser.add_argument("--stress-key", metavar="KEY", help="info key of the stress, eV/A^3")
+    add_source(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the report and write the figure."""
-    from escaip_fairchem.data.frames import LabelKeys
     from escaip_fairchem.data.inspection import inspect_data
 
     name = Path(args.data[0]).resolve().name.partition(".")[0]
@@ -47,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
         cutoff=args.cutoff,
         max_neighbors=args.max_neighbors,
         plot=args.plot or Path(f"inspect_{name}.png"),
-        keys=LabelKeys(args.energy_key, args.forces_key, args.stress_key),
+        format_name=args.format,
+        options=options_of(args),
         workers=args.workers,
     ):
         print(line)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from escaip_fairchem.data.arguments import add_source, options_of
+
 EPILOG = """\
-DATA is a folder that `escaip convert` made (its train part is used), a folder of ASE-LMDB files,
-or files that ASE reads. Energies of elements are fitted by least squares over compositions, in
-float64. `--isolated H=-13.587,C=-1029.49`, or a YAML file of such pairs, sets elements, and the
-others are fitted to what is left.
+DATA is a folder that `escaip convert` made (its train part is used), or what it reads. Energies of
+elements are fitted by least squares over compositions, in float64. `--isolated
+H=-13.587,C=-1029.49`, or a YAML file of such pairs, sets elements, and the others are fitted to
+what is left.
 
 --name NAME writes $ESCAIP_DATA/configs/element_refs/NAME.yaml, for `element_refs=NAME` with any
 data (in place of references that the data brings), and of a folder of `escaip convert` also
@@ -28,15 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="FILE", help="write the element_refs group here"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
-    parser.add_argument("--energy-key", metavar="KEY", help="info key of the energy, eV")
-    parser.add_argument("--forces-key", metavar="KEY", help="arrays key of the forces, eV/A")
-    parser.add_argument("--stress-key", metavar="KEY", help="info key of the stress, eV/A^3")
+    add_source(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
 
 
 def run(args: argparse.Namespace) -> None:
     """Fit, print, and write what is asked for."""
-    from escaip_fairchem.data.frames import LabelKeys
     from escaip_fairchem.data.groups import fit_references
 
     for line in fit_references(
@@ -44,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
         isolated=args.isolated,
         name=args.name,
         out=args.out,
-        keys=LabelKeys(args.energy_key, args.forces_key, args.stress_key),
+        format_name=args.format,
+        options=options_of(args),
         workers=args.workers,
         overwrite=args.overwrite,
     ):

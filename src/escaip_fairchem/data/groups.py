@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.data import store
 from escaip_fairchem.data.statistics import LabelStatistics, collect, read_given
@@ -13,7 +13,6 @@ from escaip_fairchem.files import write_whole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from escaip_fairchem.data.frames import LabelKeys
     from escaip_fairchem.data.references import References
 
 
@@ -30,19 +29,20 @@ def fit_references(
     isolated: str | None = None,
     name: str | None = None,
     out: Path | None = None,
-    keys: LabelKeys | None = None,
+    format_name: str | None = None,
+    options: dict[str, Any] | None = None,
     workers: int = 1,
     overwrite: bool = False,
 ) -> list[str]:
     """Fit references and scales to a set, and write group files.
 
     Args:
-        inputs: A folder of `escaip convert`, whose ``train`` is used; a folder of ASE-LMDB files;
-            or files that ASE reads.
+        inputs: A folder of `escaip convert`, whose ``train`` is used, or whatever that reads.
         isolated: Energies that are not fitted, as for `read_given`.
         name: Name of group files to write in the data root.
         out: Another file to write the references to.
-        keys: Where labels are when there is no calculator.
+        format_name: Name of the format; found by a look at the inputs by default.
+        options: Options of the format, such as where labels are.
         workers: Processes.
         overwrite: Whether files that exist may be replaced.
 
@@ -61,7 +61,7 @@ def fit_references(
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists; choose another name or pass --overwrite")
     given = read_given(isolated) if isolated else {}
-    found = collect([folder / "train"] if folder else inputs, keys, workers)
+    found = collect([folder / "train"] if folder else inputs, format_name, options, workers)
     references = found.energies.solve(given)
     comment = f"fitted by escaip references to {found.frames} structures"
     for path in (out, refs_file):

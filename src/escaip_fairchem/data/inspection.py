@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +18,6 @@ from escaip_fairchem.data.survey import gather
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from escaip_fairchem.data.frames import LabelKeys
     from escaip_fairchem.data.limits import Limits
     from escaip_fairchem.data.survey import Facts
 
@@ -31,19 +30,21 @@ def inspect_data(
     sample: int = 0,
     cutoff: float = 6.0,
     max_neighbors: int = 30,
-    keys: LabelKeys | None = None,
+    format_name: str | None = None,
+    options: dict[str, Any] | None = None,
     workers: int = 1,
 ) -> Iterator[str]:
     """Report what is in a set, and draw it.
 
     Args:
-        inputs: A folder of `escaip convert`, a folder of ASE-LMDB files, or files that ASE reads.
+        inputs: A folder of `escaip convert`, or whatever that reads.
         plot: The PNG to write.
         recipe: A recipe to compare with, and overrides of it.
         sample: Look at about so many structures; 0 looks at all.
         cutoff: Within which neighbours are counted, A, without a recipe.
         max_neighbors: Neighbours that a model keeps, without a recipe.
-        keys: Where labels are when there is no calculator.
+        format_name: Name of the format; found by a look at the inputs by default.
+        options: Options of the format, such as where labels are.
         workers: Processes.
 
     Yields:
@@ -59,7 +60,8 @@ def inspect_data(
         parts,
         cutoff=limits.cutoff if limits else cutoff,
         use_pbc=limits.use_pbc if limits else True,
-        keys=keys,
+        format_name=format_name,
+        options=options,
         sample=sample,
         workers=workers,
     )

@@ -13,8 +13,9 @@ from escaip_fairchem.data.card import CARD_FILE, references_entry
 from escaip_fairchem.data.fingerprint import composition_key, equal_structures, fingerprint
 from escaip_fairchem.data.frames import free_atoms
 from escaip_fairchem.data.groups import converted_folder, dataset_label
+from escaip_fairchem.data.plan import make_plan
 from escaip_fairchem.data.references import ReferenceFit, RunningRms
-from escaip_fairchem.data.sources import frames_of, over_parts, place_of, plan_of
+from escaip_fairchem.data.sources import frames_of, over_parts, place_of
 from escaip_fairchem.data.splits import split_by_group, split_random
 from escaip_fairchem.errors import UserError
 
@@ -124,7 +125,7 @@ def resplit(
         store.check_replaceable(out)
     sources = [data / side for side in SIDES if (data / side).is_dir()]
     rows = Rows()
-    plans = [plan_of([source]) for source in sources]
+    plans = [make_plan([source]) for source in sources]
     jobs = [(rule, plan.reading, part) for plan in plans for part in plan.parts]
     for part in over_parts(_read, jobs, workers):
         rows.merge(part)

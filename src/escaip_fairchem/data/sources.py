@@ -8,36 +8,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.data.frames import Frame
-from escaip_fairchem.data.plan import make_plan
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from escaip_fairchem.data.formats.base import Part, Record
-    from escaip_fairchem.data.frames import LabelKeys
-    from escaip_fairchem.data.plan import Plan, Reading
-
-
-def plan_of(
-    inputs: Sequence[str | Path],
-    keys: LabelKeys | None = None,
-    *,
-    labelled: bool = True,
-) -> Plan:
-    """How to read a set: of any format that `escaip convert` takes, converted folders included.
-
-    Args:
-        inputs: Files, glob patterns or folders.
-        keys: Where labels are when ASE does not find them.
-        labelled: Whether structures must have labels.
-
-    Raises:
-        UserError: As for `make_plan`.
-    """
-    named = {f"{name}_key": key for name, key in vars(keys).items() if key} if keys else {}
-    return make_plan(inputs, options=named, labelled=labelled)
+    from escaip_fairchem.data.plan import Reading
 
 
 def frames_of(reading: Reading, part: Part, sample: int = 0) -> Iterator[Frame]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.data.frames import free_atoms
+from escaip_fairchem.data.plan import make_plan
 from escaip_fairchem.data.references import NUM_REFERENCES, ReferenceFit, RunningRms
-from escaip_fairchem.data.sources import frames_of, over_parts, place_of, plan_of
+from escaip_fairchem.data.sources import frames_of, over_parts, place_of
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ase import Atoms
 
     from escaip_fairchem.data.formats.base import Part
-    from escaip_fairchem.data.frames import LabelKeys
     from escaip_fairchem.data.plan import Reading
 
 
@@ -64,21 +64,23 @@ class LabelStatistics:
 
 def collect(
     inputs: Sequence[str | Path],
-    keys: LabelKeys | None = None,
+    format_name: str | None = None,
+    options: dict[str, Any] | None = None,
     workers: int = 1,
 ) -> LabelStatistics:
     """Go through all structures of a set.
 
     Args:
         inputs: Whatever `escaip convert` reads, folders of ASE-LMDB files included.
-        keys: Where labels are when ASE does not find them.
+        format_name: Name of the format; found by a look at the inputs by default.
+        options: Options of the format, such as where labels are.
         workers: Processes.
 
     Raises:
         UserError: If a label is missing, naming file and frame, or there are no structures.
     """
     total = LabelStatistics()
-    plan = plan_of(inputs, keys)
+    plan = make_plan(inputs, format_name=format_name, options=options)
     for part in over_parts(_of_part, [(plan.reading, part) for part in plan.parts], workers):
         total.merge(part)
     if not total.frames:

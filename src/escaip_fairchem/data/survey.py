@@ -12,8 +12,9 @@ from scipy.spatial import cKDTree
 from escaip_fairchem.data.checks import nearest_neighbors, with_images
 from escaip_fairchem.data.fingerprint import composition_key, fingerprint
 from escaip_fairchem.data.frames import free_atoms
+from escaip_fairchem.data.plan import make_plan
 from escaip_fairchem.data.references import NUM_REFERENCES, ReferenceFit
-from escaip_fairchem.data.sources import frames_of, over_parts, plan_of
+from escaip_fairchem.data.sources import frames_of, over_parts
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from escaip_fairchem.data.formats.base import Part
-    from escaip_fairchem.data.frames import Frame, LabelKeys
+    from escaip_fairchem.data.frames import Frame
     from escaip_fairchem.data.plan import Reading
 
 #: Edges of the histogram of force components, eV/A, 1 % apart.
@@ -117,7 +118,8 @@ def gather(
     *,
     cutoff: float,
     use_pbc: bool = True,
-    keys: LabelKeys | None = None,
+    format_name: str | None = None,
+    options: dict[str, Any] | None = None,
     sample: int = 0,
     workers: int = 1,
 ) -> Facts:
@@ -127,7 +129,8 @@ def gather(
         parts: Whatever `escaip convert` reads, by the name of the part.
         cutoff: Within which neighbours are counted, A.
         use_pbc: False takes every structure for a molecule, for neighbours only.
-        keys: Where labels are when ASE does not find them.
+        format_name: Name of the format; found by a look at the inputs by default.
+        options: Options of the format, such as where labels are.
         sample: Look at about so many, evenly spaced; 0 looks at all.
         workers: Processes.
 
@@ -137,7 +140,7 @@ def gather(
     total = Facts()
     jobs: list[tuple[Any, ...]] = []
     for name, inputs in parts.items():
-        plan = plan_of(inputs, keys, labelled=False)
+        plan = make_plan(inputs, format_name=format_name, options=options, labelled=False)
         jobs += [(name, plan.reading, part) for part in plan.parts]
     shares = _shares([part for _, _, part in jobs], sample)
     jobs = [(*job, share, cutoff, use_pbc) for job, share in zip(jobs, shares, strict=True)]
