@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escaip_fairchem.kernels import AttentionGeometry, attention_backend, banded_linear
+from escaip_fairchem.kernels import AttentionGeometry, attention_backend, banded_linear, linear
 from escaip_fairchem.layers import (
     ACTIVATIONS,
     ConcatLinear,
@@ -134,23 +133,23 @@ class EdgeAttributes(nn.Module):
         act, drop = self.activation, self.dropout
         recompute = self.recompute and not (self.training and drop.p > 0)
         weights = self.output.weights()
-        linear, rbf = self.distance, x.rbf
+        dense, rbf = self.distance, x.rbf
         # without gradients block by block, which stays in cache and needs no memory
         groups = [(rbf.blocks, rbf.starts)]
         if not torch.is_grad_enabled():
             groups = [([block], [start]) for block, start in zip(*groups[0], strict=True)]
         parts = []
         for blocks, starts in groups:
-            hidden = banded_linear(blocks, starts, linear.weight, linear.bias)
+            hidden = banded_linear(blocks, starts, dense.weight, dense.bias)
             hidden = prologue_linear(
                 weights[0], self.output.bias, lambda d: drop(act(d)), hidden, recompute=recompute
             )
             parts.append(hidden)
         distance = torch.cat(parts) if len(parts) > 1 else parts[0]
-        source = F.linear(drop(act(self.source_boo(x.boo))), weights[1])
-        target = F.linear(drop(act(self.target_boo(x.boo))), weights[3])
-        source = source + F.linear(self.source_species(x.species), weights[2])
-        return distance, source, target + F.linear(self.target_species(x.species), weights[4])
+        source = linear(drop(act(self.source_boo(x.boo))), weights[1])
+        target = linear(drop(act(self.target_boo(x.boo))), weights[3])
+        source = source + linear(self.source_species(x.species), weights[2])
+        return distance, source, target + linear(self.target_species(x.species), weights[4])
 
     def encoder(self, x: BlockInputs) -> tuple[Tensor, ...]:
         """The weight of the force encoding, if forces are an input."""
@@ -163,7 +162,7 @@ class EdgeAttributes(nn.Module):
         total = distance.index_select(0, x.rbf.rows).add_(source.index_select(0, x.senders))
         total.add_(target.index_select(0, x.receivers))
         for weight in encoder:
-            total = total + F.linear(x.forces, weight)
+            total = total + linear(x.forces, weight)
         return self.dropout(self.activation(total))
 
 
@@ -250,7 +249,7 @@ class NeighborAttention(nn.Module):
             x: The whole batch.
         """
         sender, receiver = self.pair.weights()
-        pair = F.linear(node, sender), F.linear(node, receiver, self.pair.bias)
+        pair = linear(node, sender), linear(node, receiver, self.pair.bias)
         return *self.attributes.terms(x), *pair
 
     def forward(
@@ -264,9 +263,9 @@ class NeighborAttention(nn.Module):
         attributes, inputs = self.attributes, [*prepared]
         again = {"recompute": self.recompute}
         if self.edge is not None:
-            linear = self.edge.weight, self.edge.bias
+            affine = self.edge.weight, self.edge.bias
             norm = edge_norm.parameters()
-            inputs.append(prologue_linear(*linear, edge_norm, edge, *norm, **again))
+            inputs.append(prologue_linear(*affine, edge_norm, edge, *norm, **again))
         count = len(inputs)
 
         def parts(*given: Tensor) -> tuple[Tensor, ...]:
@@ -281,12 +280,12 @@ class NeighborAttention(nn.Module):
         inputs += self.attribute_norm.parameters()
         last = len(inputs)
         inputs += attributes.encoder(x)
-        linear = self.message.weight, self.message.bias
+        affine = self.message.weight, self.message.bias
         repeatable = self.recompute and not (self.training and self.dropout.p > 0)
-        message = prologue_linear(*linear, parts, *inputs, recompute=repeatable)
+        message = prologue_linear(*affine, parts, *inputs, recompute=repeatable)
         norm = self.message_norm.parameters()
-        linear = self.qkv.weight, self.qkv.bias
-        qkv = prologue_linear(*linear, self._normed_message, message, *norm, **again)
+        affine = self.qkv.weight, self.qkv.bias
+        qkv = prologue_linear(*affine, self._normed_message, message, *norm, **again)
         attended = self.attend(
             qkv.unflatten(-1, (3, self.heads, -1)),
             x.attention,
@@ -295,7 +294,7 @@ class NeighborAttention(nn.Module):
             cosine_scale=self.cosine_scale,
             dropout=self.attention_dropout if self.training else 0.0,
         )
-        edge_update = self.out(attended.flatten(1))
+        edge_update = linear(attended.flatten(1), self.out.weight, self.out.bias)
         return pool_slots(edge_update, x, self.pooling), edge_update
 
     def _normed_message(self, message: Tensor, *norm: Tensor) -> Tensor:
@@ -395,7 +394,7 @@ class Readout(nn.Module):
         if self.concat_norm is not None:
             square = readout.square().sum(-1, keepdim=True)
             readout = readout * self.concat_norm.weight.chunk(len(self.ffns))[index]
-        share = F.linear(readout, self.projection.weights()[index])
+        share = linear(readout, self.projection.weights()[index])
         if total is None:
             return share, square
         return total[0] + share, None if square is None else total[1] + square

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escaip_fairchem.kernels import recomputed_linear, rms_norm
+from escaip_fairchem.kernels import linear, recomputed_linear, rms_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,11 +93,11 @@ def prologue_linear(
         return recomputed_linear(prologue, weight, bias, *inputs)
     parts = prologue(*inputs)
     if not isinstance(parts, tuple):
-        return F.linear(parts, weight, bias)
+        return linear(parts, weight, bias)
     weights = weight.split([part.shape[-1] for part in parts], dim=1)
-    total = F.linear(parts[0], weights[0], bias)
+    total = linear(parts[0], weights[0], bias)
     for part, share in zip(parts[1:], weights[1:], strict=True):
-        total = total + F.linear(part, share)
+        total = total + linear(part, share)
     return total
 
 
@@ -133,7 +133,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """[..., size] -> [..., size]; of ``norm(x)`` if a norm is given."""
         if norm is None:
-            hidden = self.up(x)
+            hidden = linear(x, self.up.weight, self.up.bias)
         else:
             up = self.up.weight, self.up.bias
             hidden = prologue_linear(*up, norm, x, *norm.parameters(), recompute=self.recompute)

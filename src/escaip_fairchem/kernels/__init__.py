@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from escaip_fairchem.kernels.attention import packed_attention
 from escaip_fairchem.kernels.backends import attention_backend
-from escaip_fairchem.kernels.linear import banded_linear, recomputed_linear, rms_norm
+from escaip_fairchem.kernels.dense import linear
+from escaip_fairchem.kernels.lean import banded_linear, recomputed_linear, rms_norm
 from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
 
 __all__ = [
     "AttentionGeometry",
     "attention_backend",
     "banded_linear",
+    "linear",
     "neighbor_attention",
     "packed_attention",
     "recomputed_linear",

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from escaip_fairchem.kernels.dense import linear, product
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -53,9 +55,9 @@ class _RecomputedLinear(Function):
         with torch.autocast(weight.device.type, enabled=False):
             parts = _parts(prologue, inputs, weight)
             weights = _weights_of(parts, weight)
-            out = F.linear(parts[0], weights[0], bias)
+            out = linear(parts[0], weights[0], bias)
             for part, w in zip(parts[1:], weights[1:], strict=True):
-                out.view(-1, len(w)).addmm_(part.view(-1, part.shape[-1]), w.t())
+                out.add_(linear(part, w))
         return out
 
     @staticmethod
@@ -73,7 +75,7 @@ class _RecomputedLinear(Function):
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             flat = [part.flatten(0, -2) for part in parts]
-            shares = [rows.t() @ (part if again else part.detach()) for part in flat]
+            shares = [product(rows.t(), part if again else part.detach()) for part in flat]
             grad_weight = torch.cat(shares, dim=1) if len(shares) > 1 else shares[0]
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
@@ -85,7 +87,7 @@ class _RecomputedLinear(Function):
             found = torch.autograd.grad(
                 [part for part, _ in shares],
                 [inputs[index] for index in wanted],
-                [grad @ w for _, w in shares],
+                [linear(grad, w.t()) for _, w in shares],
                 create_graph=again,
             )
             for index, value in zip(wanted, found, strict=True):
@@ -132,7 +134,7 @@ class _BandedLinear(Function):
         out = blocks[0].new_empty(sum(len(b) for b in blocks), len(weight))
         rows = out.split([len(b) for b in blocks])
         for block, start, row in zip(blocks, starts, rows, strict=True):
-            torch.addmm(bias, block, weight[:, start : start + block.shape[1]].t(), out=row)
+            row.copy_(linear(block, weight[:, start : start + block.shape[1]], bias))
         return out
 
     @staticmethod
@@ -144,16 +146,16 @@ class _BandedLinear(Function):
         if ctx.needs_input_grad[1]:
             if torch.is_grad_enabled():
                 grad_weight = sum(
-                    F.pad(g.t() @ b, (low, weight.shape[1] - high))
+                    F.pad(product(g.t(), b), (low, weight.shape[1] - high))
                     for g, b, (low, high) in zip(grads, blocks, spans, strict=True)
                 )
             else:
                 grad_weight = torch.zeros_like(weight)
                 for g, b, (low, high) in zip(grads, blocks, spans, strict=True):
-                    grad_weight[:, low:high] += g.t() @ b
+                    grad_weight[:, low:high] += product(g.t(), b)
         if any(ctx.needs_input_grad[3:]):
             grad_blocks = [
-                g @ weight[:, low:high] for g, (low, high) in zip(grads, spans, strict=True)
+                product(g, weight[:, low:high]) for g, (low, high) in zip(grads, spans, strict=True)
             ]
         return None, grad_weight, grad.sum(0), *grad_blocks
 
