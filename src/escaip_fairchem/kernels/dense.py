@@ -36,7 +36,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product a b, [m, k] [k, n] -> [m, n], differentiable any number of times."""
-    return linear(a, b.t()) if _pays(a, b.t()) else a @ b
+    if not _pays(a, b.t()):
+        return a @ b
+    # oneDNN copies a left factor that is not contiguous: let it be the smaller one
+    if not a.is_contiguous() and b.numel() < a.numel():
+        return linear(b.t(), a).t()
+    return linear(a, b.t())
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
