@@ -47,7 +47,7 @@ def test_value_and_two_derivatives_of_a_slice_of_a_weight_are_those_of_float64(t
     # y = x W^T; the gradients g W and g^T x or x^T g, each again in the second derivative
     assert {(rows, 77, 129), (rows, 129, 77)} <= set(taken)
     assert {(77, 129, rows), (129, 77, rows)} & set(taken)
-    for name, a, b in zip("y x W b xx WW bb".split(), found, expected, strict=True):
+    for name, a, b in zip(["y", "x", "W", "b", "xx", "WW", "bb"], found, expected, strict=True):
         assert_close(
             a.double(), b, rtol=0, atol=2e-5 * float(b.abs().max()), msg=lambda m, n=name: n + m
         )

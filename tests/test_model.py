@@ -11,6 +11,7 @@ from fairchem.core.units.mlip_unit.mlip_unit import _get_optimizer_wd
 from torch import nn
 
 from escaip_fairchem import EScAIP
+from escaip_fairchem.bench.measure import saved_bytes
 from escaip_fairchem.config import PRESETS
 from escaip_fairchem.train.optim import Muon
 from helpers import SMALL, gas, make_batch, slab, triclinic
@@ -201,37 +202,27 @@ def test_muon_trains_the_model():
     assert losses[-1] < 0.5 * target.square().mean()
 
 
-@pytest.mark.parametrize("preset", ["paper", "v2"])
+@pytest.mark.parametrize(("preset", "dropout"), [("paper", 0.0), ("v2", 0.0), ("v2", 0.2)])
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "conservative"])
-def test_checkpointing_changes_memory_only(direct, preset):
+def test_checkpointing_changes_memory_only(direct, preset, dropout):
     """Same outputs and gradients to rounding, with fewer and fewer bytes kept."""
     batch = make_batch(slab())
     kept, results = [], []
     for mode in ("none", "pointwise", "block"):
         config = {"preset": preset, "direct_forces": direct, "checkpointing": mode}
-        dropout = {key: 0.0 for key in PRESETS["paper"] if key.endswith("dropout")}
-        # blocks keep the state of the random numbers
-        dropout |= {"node_ffn_dropout": 0.2} if preset == "v2" else {}
-        model = build(SMALL | dropout | config, FORCES if direct else CONSERVATIVE).train()
-        sizes, alive = {}, []
-
-        def note(tensor, sizes=sizes, alive=alive):
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            alive.append(tensor)
-            return tensor
-
+        rates = {key: 0.0 for key in PRESETS["paper"] if key.endswith("dropout")}
+        # what is dropped is the same when a block is repeated
+        rates["node_ffn_dropout"] = dropout
+        model = build(SMALL | rates | config, FORCES if direct else CONSERVATIVE).train()
+        kept.append(saved_bytes(lambda model=model: model(batch.clone()), model))
         torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            out = model(batch.clone())
+        out = model(batch.clone())
         loss = sum(value[key].square().sum() for key, value in out.items())
         loss.backward()
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept.append(sum(size for pointer, size in sizes.items() if pointer not in weights))
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    if direct:
-        assert kept[2] < 0.5 * kept[1] < 0.35 * kept[0]
-    else:  # the graph of the gradient is most of it
-        assert kept[2] < 0.95 * kept[0]
+    assert kept[1] < (0.7 if direct else 0.95) * kept[0]
+    if direct or not dropout:  # repeating what is random, a second derivative keeps its graph
+        assert kept[2] < 0.6 * kept[1]
     for other in results[1:]:
         for plain, checkpointed in zip(results[0], other, strict=True):
             torch.testing.assert_close(checkpointed, plain, rtol=1e-9, atol=1e-9)

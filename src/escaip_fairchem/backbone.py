@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.features import RadialBasis, bond_orientational_order, force_projections
 from escaip_fairchem.graph import FAR, NeighborGraph, build_graph
-from escaip_fairchem.kernels import AttentionGeometry
+from escaip_fairchem.kernels import AttentionGeometry, recomputed_tree
 from escaip_fairchem.layers import names_without_decay, norm_factory
 from escaip_fairchem.neighbors import Structures, times_matrix
 
@@ -177,8 +178,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         ]
         for index, block in enumerate(self.blocks, start=1):
             if self.config.checkpointing == "block" and recorded:
-                state = checkpoint(self._layer, index, block, states[0], x, use_reentrant=False)
-                states = [state]
+                states = [self._checkpointed(index, block, states[0], x)]
             else:
                 self._layers(index, block, states, x, chunks)
         nodes, edges = [], []
@@ -189,11 +189,22 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
                 edges.append(self.edge_readout.finish(edge_total))
         return torch.cat(nodes), torch.cat(edges) if edges else None
 
-    def _layer(self, index: int, block: TransformerBlock, state, x: BlockInputs):
-        """One block and its readouts: what checkpointing computes twice."""
-        states = [state]
-        self._layers(index, block, states, x, [x])
-        return states[0]
+    def _checkpointed(self, index: int, block: TransformerBlock, state, x: BlockInputs):
+        """One block and its readouts, of which only the inputs are kept."""
+
+        def layer(arguments):
+            state, x = arguments
+            states = [state]
+            self._layers(index, block, states, x, [x])
+            return states[0]
+
+        if self.config.direct_forces or (self.training and self.config.is_random):
+            return checkpoint(layer, (state, x), use_reentrant=False)
+        # a derivative that is differentiated again, which torch's form would keep whole
+        readouts = [self.node_readout, self.edge_readout or nn.Identity()]
+        parameters = itertools.chain(*(part.parameters() for part in (block, *readouts)))
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        return recomputed_tree(layer, (state, x), *trained)
 
     def _layers(self, index: int, block: TransformerBlock, states: list, x: BlockInputs, chunks):
         """One block and its readouts, for the chunks in turn; only nodes see all of the batch."""

@@ -240,11 +240,14 @@ class EScAIPConfig:
 
     @property
     def recompute(self) -> bool:
-        """Whether cheap operations are repeated in the backward pass.
+        """Whether cheap operations are repeated in the backward pass."""
+        return self.checkpointing == "pointwise"
 
-        Not under a gradient that is differentiated again: its graph holds what they repeat.
-        """
-        return self.checkpointing == "pointwise" and self.edge_outputs
+    @property
+    def is_random(self) -> bool:
+        """Whether training drops anything out, so that a pass cannot simply be repeated."""
+        rates = [name for name in vars(self) if name.endswith("_dropout")]
+        return any(getattr(self, name) for name in (*rates, "stochastic_depth"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, lists instead of tuples, as stored in a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from escaip_fairchem.kernels.again import recomputed_tree
 from escaip_fairchem.kernels.attention import packed_attention
 from escaip_fairchem.kernels.backends import attention_backend
 from escaip_fairchem.kernels.dense import linear
@@ -16,5 +17,6 @@ __all__ = [
     "neighbor_attention",
     "packed_attention",
     "recomputed_linear",
+    "recomputed_tree",
     "rms_norm",
 ]

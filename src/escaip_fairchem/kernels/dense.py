@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from escaip_fairchem.kernels.again import asked_for
+
 #: Multiplications, and sides of a matrix, below which oneDNN's overhead exceeds its gain.
 _FEW_PRODUCTS, _SHORT_SIDE = 2**21, 16
 
@@ -75,12 +77,11 @@ class _OneDNN(Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         return (
-            linear(grad, weight.t()) if needs_x else None,
-            product(rows.t(), x.flatten(0, -2)) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
+            linear(grad, weight.t()) if asked_for(ctx, 0) else None,
+            product(rows.t(), x.flatten(0, -2)) if asked_for(ctx, 1) else None,
+            rows.sum(0) if asked_for(ctx, 2) else None,
         )
 
 

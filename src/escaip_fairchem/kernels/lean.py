@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from escaip_fairchem.kernels.again import asked_for, recomputed
 from escaip_fairchem.kernels.dense import linear, product
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def recomputed_linear(
 class _RecomputedLinear(Function):
     @staticmethod
     def forward(ctx, prologue, weight, bias, *inputs):
-        ctx.prologue = prologue
+        ctx.prologue, ctx.has_bias = prologue, bias is not None
         ctx.save_for_backward(weight, *inputs)
         with torch.autocast(weight.device.type, enabled=False):
             parts = _parts(prologue, inputs, weight)
@@ -64,7 +65,8 @@ class _RecomputedLinear(Function):
     def backward(ctx, grad):
         weight, *inputs = ctx.saved_tensors
         again = torch.is_grad_enabled()  # a second derivative will be asked for
-        needed = ctx.needs_input_grad[3:]
+        before = 1 + ctx.has_bias
+        needed = [asked_for(ctx, before + i, 2 - ctx.has_bias) for i in range(len(inputs))]
         if not again:
             inputs = [
                 x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)
@@ -73,11 +75,11 @@ class _RecomputedLinear(Function):
             parts = _parts(ctx.prologue, inputs, weight)
         rows = grad.flatten(0, -2)
         grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
+        if asked_for(ctx, 0, 1):
             flat = [part.flatten(0, -2) for part in parts]
             shares = [product(rows.t(), part if again else part.detach()) for part in flat]
             grad_weight = torch.cat(shares, dim=1) if len(shares) > 1 else shares[0]
-        if ctx.needs_input_grad[2]:
+        if ctx.has_bias and asked_for(ctx, 1, 1):
             grad_bias = rows.sum(0)
         grad_inputs: list[Tensor | None] = [None] * len(inputs)
         wanted = [index for index, need in enumerate(needed) if need]
@@ -143,7 +145,7 @@ class _BandedLinear(Function):
         grads = grad.split([len(b) for b in blocks])
         spans = [(s, s + b.shape[1]) for s, b in zip(ctx.starts, blocks, strict=True)]
         grad_weight, grad_blocks = None, [None] * len(blocks)
-        if ctx.needs_input_grad[1]:
+        if asked_for(ctx, 0, 1):
             if torch.is_grad_enabled():
                 grad_weight = sum(
                     F.pad(product(g.t(), b), (low, weight.shape[1] - high))
@@ -153,11 +155,12 @@ class _BandedLinear(Function):
                 grad_weight = torch.zeros_like(weight)
                 for g, b, (low, high) in zip(grads, blocks, spans, strict=True):
                     grad_weight[:, low:high] += product(g.t(), b)
-        if any(ctx.needs_input_grad[3:]):
+        if any(asked_for(ctx, 2 + index, 1) for index in range(len(blocks))):
             grad_blocks = [
                 product(g, weight[:, low:high]) for g, (low, high) in zip(grads, spans, strict=True)
             ]
-        return None, grad_weight, grad.sum(0), *grad_blocks
+        grad_bias = grad.sum(0) if asked_for(ctx, 1, 1) else None
+        return None, grad_weight, grad_bias, *grad_blocks
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -173,24 +176,37 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx, x, weight):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
-        inverse = _inverse(norm.square_(), x)
+        inverse = _inverse(x, weight)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # differentiable: `inverse` must depend on x
-            inverse = _inverse(x.to(weight.dtype).square().sum(-1, keepdim=True), x)
-        product = (grad * x).to(weight.dtype)
-        mean = (product @ weight)[..., None] * inverse.pow(3) / x.shape[-1]
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = product.flatten(0, -2).t() @ inverse.flatten()
-        grad_x = (grad * weight).mul_(inverse).addcmul_(x, mean, value=-1)
-        return grad_x.to(x.dtype), grad_weight
+        of_weight = asked_for(ctx, 1)
+        if torch.is_grad_enabled():
+
+            def gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+                return _norm_gradients(grad, x, weight, _inverse(x, weight), of_weight)
+
+            found = recomputed(gradients, grad, x, weight)
+        else:
+            found = _norm_gradients(grad, x, weight, inverse, of_weight)
+        return found if of_weight else (*found, None)
 
 
-def _inverse(square: Tensor, x: Tensor) -> Tensor:
-    return torch.rsqrt(square / x.shape[-1] + torch.finfo(square.dtype).eps)
+def _norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, of_weight: bool
+) -> tuple[Tensor, ...]:
+    """Of x and, if asked for, the weight; differentiable if `inverse` depends on x."""
+    product = (grad * x).to(weight.dtype)
+    mean = (product @ weight)[..., None] * inverse.pow(3) / x.shape[-1]
+    grad_x = ((grad * weight).mul_(inverse).addcmul_(x, mean, value=-1)).to(x.dtype)
+    if not of_weight:
+        return (grad_x,)
+    return grad_x, product.flatten(0, -2).t() @ inverse.flatten()
+
+
+def _inverse(x: Tensor, weight: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=weight.dtype)
+    return torch.rsqrt(norm.square() / x.shape[-1] + torch.finfo(norm.dtype).eps)
