@@ -23,7 +23,13 @@ from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.features import RadialBasis, bond_orientational_order, force_projections
 from escaip_fairchem.graph import FAR, NeighborGraph, build_graph
-from escaip_fairchem.kernels import AttentionGeometry, recomputed_tree
+from escaip_fairchem.kernels import (
+    AttentionGeometry,
+    SortedLengths,
+    fused_edges,
+    order_by,
+    recomputed_tree,
+)
 from escaip_fairchem.layers import names_without_decay, norm_factory
 from escaip_fairchem.neighbors import Structures, times_matrix
 
@@ -52,6 +58,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             forces=config.regress_forces,
             stress=config.regress_stress,
         )
+        self.fused_edges = fused_edges(config.activation)
         norm = norm_factory(config.norm, config.hidden_size)
         carries_edges = config.message == "pair_and_edge"
         self.input_block = InputBlock(config, norm, edge_used=carries_edges or config.edge_outputs)
@@ -144,9 +151,12 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         lengths = graph.pair_lengths
         if config.graph == "knn":
             lengths = torch.cat([lengths[:-1], lengths.new_full((1,), FAR)])
-        rbf = RadialBasis.build(
-            lengths, graph.pairs, config.cutoff, config.rbf_size, config.rbf_width
-        )
+        basis, orders = RadialBasis, ()
+        if self.fused_edges:
+            basis = SortedLengths
+        rbf = basis.build(lengths, graph.pairs, config.cutoff, config.rbf_size, config.rbf_width)
+        if self.fused_edges and torch.is_grad_enabled():
+            orders = *order_by(rbf.rows, len(lengths)), *order_by(graph.senders, len(species))
         attention = AttentionGeometry.build(
             graph.directions,
             graph.log_envelope,
@@ -166,6 +176,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             counts=graph.counts,
             system_idx=system_idx,
             attention=attention,
+            orders=orders,
         )
 
     def _encode(self, x: BlockInputs) -> tuple[Tensor, Tensor | None]:

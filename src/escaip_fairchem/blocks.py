@@ -7,18 +7,26 @@ All of it imports torch only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from escaip_fairchem.kernels import AttentionGeometry, attention_backend, banded_linear, linear
+from escaip_fairchem.kernels import (
+    AttentionGeometry,
+    attention_backend,
+    banded_linear,
+    fused_edges,
+    gather_gelu,
+    linear,
+)
 from escaip_fairchem.layers import (
     ACTIVATIONS,
     ConcatLinear,
     FeedForward,
+    RMSNorm,
     StochasticDepth,
     prologue_linear,
 )
@@ -26,6 +34,7 @@ from escaip_fairchem.layers import (
 if TYPE_CHECKING:
     from escaip_fairchem.config import EScAIPConfig
     from escaip_fairchem.features import RadialBasis
+    from escaip_fairchem.kernels import SortedLengths
 
 
 @dataclass
@@ -44,11 +53,13 @@ class BlockInputs:
         attention: Geometry of the attention.
         forces: `force_projections` of the forces that are an input, [E, 4]; None without.
         first: Atom that `starts`, `counts` and `system_idx` begin with; not 0 in a chunk.
+        orders: `order_by` of the radial basis' rows and of the neighbours, for gradients of
+            fused edges; empty without.
     """
 
     species: Tensor
     boo: Tensor
-    rbf: RadialBasis
+    rbf: RadialBasis | SortedLengths
     senders: Tensor
     receivers: Tensor
     starts: Tensor
@@ -57,6 +68,13 @@ class BlockInputs:
     attention: AttentionGeometry
     forces: Tensor | None = None
     first: int = 0
+    orders: tuple[Tensor, ...] = ()
+
+    @property
+    def index(self) -> list[Tensor]:
+        """What `gather_gelu` reads of a batch."""
+        edges = self.rbf.rows, self.senders, self.receivers
+        return [x.contiguous() for x in (*edges, self.starts, self.counts, *self.orders)]
 
     def chunks(self, size: int) -> list[BlockInputs]:
         """Consecutive groups of `size` atoms with their edges.
@@ -108,6 +126,7 @@ class EdgeAttributes(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.mlp_dropout)
         self.recompute = config.recompute
+        self.fused = fused_edges(config.activation)
         # without a bias, so that no forces are no input
         self.forces = (
             nn.Linear(4, config.hidden_size, bias=False) if config.force_encoding else None
@@ -133,32 +152,60 @@ class EdgeAttributes(nn.Module):
         act, drop = self.activation, self.dropout
         recompute = self.recompute and not (self.training and drop.p > 0)
         weights = self.output.weights()
-        dense, rbf = self.distance, x.rbf
-        # without gradients block by block, which stays in cache and needs no memory
-        groups = [(rbf.blocks, rbf.starts)]
-        if not torch.is_grad_enabled():
-            groups = [([block], [start]) for block, start in zip(*groups[0], strict=True)]
-        parts = []
-        for blocks, starts in groups:
-            hidden = banded_linear(blocks, starts, dense.weight, dense.bias)
-            hidden = prologue_linear(
-                weights[0], self.output.bias, lambda d: drop(act(d)), hidden, recompute=recompute
-            )
-            parts.append(hidden)
+        affine = weights[0], self.output.bias, lambda d: drop(act(d))
+        parts = [
+            prologue_linear(*affine, hidden, recompute=recompute)
+            for hidden in self._distances(x.rbf)
+        ]
         distance = torch.cat(parts) if len(parts) > 1 else parts[0]
         source = linear(drop(act(self.source_boo(x.boo))), weights[1])
         target = linear(drop(act(self.target_boo(x.boo))), weights[3])
         source = source + linear(self.source_species(x.species), weights[2])
         return distance, source, target + linear(self.target_species(x.species), weights[4])
 
+    def _distances(self, rbf: RadialBasis | SortedLengths) -> Iterator[Tensor]:
+        """The linear map of the radial basis, in parts of rows."""
+        weight, bias = self.distance.weight, self.distance.bias
+        if self.fused:
+            yield from rbf.linear(weight, bias)
+            return
+        # without gradients block by block, which stays in cache and needs no memory
+        groups = [(rbf.blocks, rbf.starts)]
+        if not torch.is_grad_enabled():
+            groups = [([block], [start]) for block, start in zip(*groups[0], strict=True)]
+        for blocks, starts in groups:
+            yield banded_linear(blocks, starts, weight, bias)
+
     def encoder(self, x: BlockInputs) -> tuple[Tensor, ...]:
         """The weight of the force encoding, if forces are an input."""
         return () if self.forces is None or x.forces is None else (self.forces.weight,)
 
     def gather(
+        self,
+        x: BlockInputs,
+        distance: Tensor,
+        source: Tensor,
+        target: Tensor,
+        *encoder: Tensor,
+        norm: nn.Module | None = None,
+        parameters: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Attributes of each edge, [E, H], from `terms` and `encoder`.
+
+        Normed by `norm`, if there is one, with `parameters` in place of its own.
+        """
+        if self.fused and not encoder and not (self.training and self.dropout.p > 0):
+            weight = None
+            if isinstance(norm, RMSNorm):
+                (weight,), norm = parameters or (norm.weight,), None
+            total = gather_gelu(distance, source, target, x.index, weight)
+        else:
+            total = self._gather(x, distance, source, target, *encoder)
+        return total if norm is None else norm(total, *parameters)
+
+    def _gather(
         self, x: BlockInputs, distance: Tensor, source: Tensor, target: Tensor, *encoder: Tensor
     ) -> Tensor:
-        """Attributes of each edge, [E, H], from `terms` and `encoder`."""
         total = distance.index_select(0, x.rbf.rows).add_(source.index_select(0, x.senders))
         total.add_(target.index_select(0, x.receivers))
         for weight in encoder:
@@ -203,9 +250,12 @@ class InputBlock(nn.Module):
 
     def forward(self, prepared: tuple[Tensor, ...], x: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Node features [N, H] and, if anything reads them, edge features [E, H]."""
-        attributes = self.attributes.gather(x, *prepared, *self.attributes.encoder(x))
-        normed = self.attribute_norm(attributes)
-        residual = attributes if self.residual_before_norm else normed
+        terms = *prepared, *self.attributes.encoder(x)
+        if self.residual_before_norm:
+            residual = self.attributes.gather(x, *terms)
+            normed = self.attribute_norm(residual)
+        else:
+            residual = normed = self.attributes.gather(x, *terms, norm=self.attribute_norm)
         edge = residual + self.ffn(normed)
         node = self.node_norm(pool_slots(edge, x, self.pooling))
         return node, self.edge_norm(edge) if self.edge_norm is not None else None
@@ -270,12 +320,10 @@ class NeighborAttention(nn.Module):
 
         def parts(*given: Tensor) -> tuple[Tensor, ...]:
             """What the message is made of; gathers and activations are cheap to repeat."""
-            source, target = given[3:5]
-            pair = source.index_select(0, x.senders).add_(target.index_select(0, x.receivers))
-            hidden = [attributes.gather(x, *given[:3], *given[last:])]
-            hidden[0] = self.attribute_norm(hidden[0], *given[count:last])
-            hidden += [self.dropout(self.activation(part)) for part in (*given[5:count], pair)]
-            return tuple(hidden)
+            terms = *given[:3], *given[last:]
+            norm = {"norm": self.attribute_norm, "parameters": given[count:last]}
+            states = [self.dropout(self.activation(part)) for part in given[5:count]]
+            return attributes.gather(x, *terms, **norm), *states, self._pair(x, *given[3:5])
 
         inputs += self.attribute_norm.parameters()
         last = len(inputs)
@@ -296,6 +344,13 @@ class NeighborAttention(nn.Module):
         )
         edge_update = linear(attended.flatten(1), self.out.weight, self.out.bias)
         return pool_slots(edge_update, x, self.pooling), edge_update
+
+    def _pair(self, x: BlockInputs, source: Tensor, target: Tensor) -> Tensor:
+        """Activated sum of a term of the neighbour and one of the atom, [E, H]."""
+        if self.attributes.fused and not (self.training and self.dropout.p > 0):
+            return gather_gelu(None, source, target, x.index)
+        pair = source.index_select(0, x.senders).add_(target.index_select(0, x.receivers))
+        return self.dropout(self.activation(pair))
 
     def _normed_message(self, message: Tensor, *norm: Tensor) -> Tensor:
         return self.message_norm(self.activation(message), *norm)

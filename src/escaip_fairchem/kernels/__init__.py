@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from escaip_fairchem.kernels.again import recomputed_tree
 from escaip_fairchem.kernels.attention import packed_attention
-from escaip_fairchem.kernels.backends import attention_backend
+from escaip_fairchem.kernels.backends import attention_backend, fused_edges
 from escaip_fairchem.kernels.dense import linear
+from escaip_fairchem.kernels.edges import SortedLengths, gather_gelu, order_by
 from escaip_fairchem.kernels.lean import banded_linear, recomputed_linear, rms_norm
 from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
 
 __all__ = [
     "AttentionGeometry",
+    "SortedLengths",
     "attention_backend",
     "banded_linear",
+    "fused_edges",
+    "gather_gelu",
     "linear",
     "neighbor_attention",
+    "order_by",
     "packed_attention",
     "recomputed_linear",
     "recomputed_tree",

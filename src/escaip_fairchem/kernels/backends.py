@@ -1,10 +1,12 @@
-"""Which implementation of the attention runs: chosen once, when a model is built.
+"""Which implementation of attention and edges runs: chosen once, when a model is built.
 
 | backend | devices | second derivative | attention dropout | chosen |
 |---|---|---|---|---|
 | ``torch`` | all | closed form | yes | by default |
 | ``triton`` | CUDA GPUs | closed form, in one kernel | no | by ``ESCAIP_KERNELS=triton`` |
 | ``reference`` | all | autograd | yes | by ``ESCAIP_KERNELS=reference`` |
+
+With ``triton`` edges are embedded by fused kernels, too (`fused_edges`), elsewhere in PyTorch.
 """
 
 from __future__ import annotations
@@ -43,8 +45,24 @@ def attention_backend(*, dropout: float) -> Callable[..., Tensor]:
         _require_triton()
         if dropout:
             name, reason = "torch", "the Triton kernel has no attention dropout"
-    _log_once(name, reason)
+    _log_once("attention", name, reason)
     return _BACKENDS[name]
+
+
+def fused_edges(activation: str) -> bool:
+    """Whether edges are embedded by the Triton kernels of `edges.py`, which know GELU only.
+
+    Raises:
+        UserError: Triton is asked for and cannot be imported.
+    """
+    if os.environ.get(VARIABLE) != "triton":
+        return False
+    _require_triton()
+    if activation != "gelu":
+        _log_once("edge", "torch", f"the Triton kernels have no {activation}")
+        return False
+    _log_once("edge", "triton", f"{VARIABLE}=triton")
+    return True
 
 
 def _reference(qkv: Tensor, geometry: AttentionGeometry, **options) -> Tensor:
@@ -73,8 +91,8 @@ def _require_triton() -> None:
 
 
 @lru_cache
-def _log_once(name: str, reason: str) -> None:
-    logging.getLogger(__name__).info("attention kernel: %s (%s)", name, reason)
+def _log_once(part: str, name: str, reason: str) -> None:
+    logging.getLogger(__name__).info("%s kernel: %s (%s)", part, name, reason)
 
 
 _BACKENDS = {"torch": packed_attention, "triton": _triton, "reference": _reference}
