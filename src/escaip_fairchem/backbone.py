@@ -151,9 +151,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         lengths = graph.pair_lengths
         if config.graph == "knn":
             lengths = torch.cat([lengths[:-1], lengths.new_full((1,), FAR)])
-        basis, orders = RadialBasis, ()
-        if self.fused_edges:
-            basis = SortedLengths
+        basis, orders = SortedLengths if self.fused_edges else RadialBasis, ()
         rbf = basis.build(lengths, graph.pairs, config.cutoff, config.rbf_size, config.rbf_width)
         if self.fused_edges and torch.is_grad_enabled():
             orders = *order_by(rbf.rows, len(lengths)), *order_by(graph.senders, len(species))
