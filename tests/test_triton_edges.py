@@ -16,7 +16,7 @@ from helpers import SMALL, gas, make_batch, triclinic
 from test_triton import DEVICE, Calls, errors
 
 pytest.importorskip("triton")
-weigh_op = importlib.import_module("escaip_fairchem.kernels.triton_radial").weigh_op
+weigh_op = importlib.import_module("escaip_fairchem.kernels.triton_radial_ops").weigh_op
 
 CUTOFF, WIDTH = 6.0, 2.0
 

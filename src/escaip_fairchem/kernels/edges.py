@@ -27,7 +27,7 @@ class SortedLengths:
         lengths: Distances in Angstrom, ascending, [U].
         rows: Row of each edge among the sorted lengths, [E].
         centers: Of the Gaussians, [size].
-        runs: Lengths that tiles of Gaussians see, `triton_radial.runs_of`.
+        runs: Lengths that tiles of Gaussians see, `triton_radial_ops.runs_of`.
         cutoff: Centre of the last Gaussian, Angstrom.
         sigma: Standard deviation, Angstrom.
     """
@@ -44,7 +44,7 @@ class SortedLengths:
         cls, lengths: Tensor, rows: Tensor, cutoff: float, size: int, width: float
     ) -> SortedLengths:
         """As `RadialBasis.build`."""
-        from escaip_fairchem.kernels.triton_radial import reach_of, runs_of
+        from escaip_fairchem.kernels.triton_radial_ops import reach_of, runs_of
 
         order = torch.sort(lengths.detach()).indices
         place = torch.empty_like(order)
@@ -58,7 +58,7 @@ class SortedLengths:
 
     def linear(self, weight: Tensor, bias: Tensor) -> Iterator[Tensor]:
         """Parts [U_i, out] of a linear map of the basis; one if gradients are recorded."""
-        from escaip_fairchem.kernels.triton_radial import expand_op
+        from escaip_fairchem.kernels.triton_radial_ops import expand_op
 
         rest = self.centers, self.runs, self.cutoff, self.sigma, 0
         recorded = torch.is_grad_enabled()

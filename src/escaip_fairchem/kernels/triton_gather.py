@@ -76,9 +76,9 @@ def forward_kernel(
     EPS: tl.constexpr,
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """The output, [E, H]; a program works on EDGES edges."""
+    ACC: tl.constexpr = tl.float64 if source.dtype.element_ty.is_fp64() else tl.float32
     edge = tl.program_id(0).to(tl.int64) * EDGES + tl.arange(0, EDGES)
     column = tl.arange(0, BLOCK)
     valid, inside = edge < count, column < SIZE
@@ -116,9 +116,9 @@ def backward_kernel(
     EPS: tl.constexpr,
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """Gradient of z [E, H] and of `target` [N, H]; with NORM an atom's share of the weight's."""
+    ACC: tl.constexpr = tl.float64 if source.dtype.element_ty.is_fp64() else tl.float32
     atom = tl.program_id(0).to(tl.int64)
     begin, count = tl.load(starts + atom), tl.load(counts + atom)
     column = tl.arange(0, BLOCK)
@@ -178,13 +178,13 @@ def double_backward_kernel(
     EPS: tl.constexpr,
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
 ):
     """Gradients of <c, gradients>, c the cotangents of the gradients of tables and weight.
 
     With g = w grad, c gathered as the terms of z are, q = c gelu'(z), and means over channels
     A = <q g>, B = <q a>, m = <a g>: <c, d_z> = H (r A - r^3 m B).
     """
+    ACC: tl.constexpr = tl.float64 if source.dtype.element_ty.is_fp64() else tl.float32
     atom = tl.program_id(0).to(tl.int64)
     begin, count = tl.load(starts + atom), tl.load(counts + atom)
     column = tl.arange(0, BLOCK)

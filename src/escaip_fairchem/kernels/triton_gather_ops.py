@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from escaip_fairchem.kernels.triton_gather import (
@@ -76,10 +75,9 @@ def _derive(kernel, inputs, outputs, tables, weight, index, distance):
     """Run a kernel of derivatives on every atom; its gradients of tables and weight."""
     _, source, target, _ = tables
     rows, senders, _, starts, counts, row_order, row_ends, sender_order, sender_ends = index
-    wide = torch.float64 if source.dtype == torch.float64 else torch.float32
     d_z = source.new_empty(len(senders), source.shape[1])
     d_target = torch.empty_like(target)
-    d_weight = source.new_empty((0,) if weight is None else target.shape, dtype=wide)
+    d_weight = source.new_empty((0,) if weight is None else target.shape, dtype=_wide(source))
     if len(counts):
         with torch.cuda.device_of(source):
             kernel[(len(counts),)](
@@ -123,21 +121,24 @@ def _contiguous(*tables: Tensor | None) -> list[Tensor]:
     return [some if table is None else table.contiguous() for table in tables]
 
 
+def _wide(table: Tensor) -> torch.dtype:
+    """Type of sums."""
+    return torch.float64 if table.dtype == torch.float64 else torch.float32
+
+
 def _settings(
     distance: Tensor | None, source: Tensor, weight: Tensor | None, elements: int
 ) -> dict:
     """Constants of a launch; a program takes whole rows, of about `elements` channels in all."""
     size = source.shape[1]
-    block, double = triton.next_power_of_2(size), source.dtype == torch.float64
-    wide = torch.float64 if double else torch.float32
+    block = triton.next_power_of_2(size)
     return {
         "SIZE": size,
         "DISTANCE": distance is not None,
         "NORM": weight is not None,
-        "EPS": torch.finfo(wide).eps,
+        "EPS": torch.finfo(_wide(source)).eps,
         "EDGES": max(1, elements // block),
         "BLOCK": block,
-        "ACC": tl.float64 if double else tl.float32,
         "num_warps": 4 if block <= 1024 else 8,
     }
 
@@ -152,7 +153,7 @@ def _fake_gradients(distance, source, target, weight):
         source.new_empty(0) if distance is None else torch.empty_like(distance),
         torch.empty_like(source),
         torch.empty_like(target),
-        source.new_empty(0, dtype=torch.float32) if weight is None else torch.empty_like(weight),
+        source.new_empty(0, dtype=_wide(source)) if weight is None else torch.empty_like(weight),
     )
 
 
