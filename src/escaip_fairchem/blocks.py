@@ -21,11 +21,13 @@ from escaip_fairchem.kernels import (
     fused_edges,
     gather_gelu,
     linear,
+    linear_backend,
 )
 from escaip_fairchem.layers import (
     ACTIVATIONS,
     ConcatLinear,
     FeedForward,
+    Prologue,
     RMSNorm,
     StochasticDepth,
     prologue_linear,
@@ -125,6 +127,7 @@ class EdgeAttributes(nn.Module):
         self.output = ConcatLinear(sizes, config.hidden_size)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.mlp_dropout)
+        self.linear = linear_backend(prologue_linear)
         self.recompute = config.recompute
         self.fused = fused_edges(config.activation)
         # without a bias, so that no forces are no input
@@ -152,10 +155,9 @@ class EdgeAttributes(nn.Module):
         act, drop = self.activation, self.dropout
         recompute = self.recompute and not (self.training and drop.p > 0)
         weights = self.output.weights()
-        affine = weights[0], self.output.bias, lambda d: drop(act(d))
+        affine = weights[0], self.output.bias, Prologue(act, drop)
         parts = [
-            prologue_linear(*affine, hidden, recompute=recompute)
-            for hidden in self._distances(x.rbf)
+            self.linear(*affine, hidden, recompute=recompute) for hidden in self._distances(x.rbf)
         ]
         distance = torch.cat(parts) if len(parts) > 1 else parts[0]
         source = linear(drop(act(self.source_boo(x.boo))), weights[1])
@@ -256,7 +258,7 @@ class InputBlock(nn.Module):
             normed = self.attribute_norm(residual)
         else:
             residual = normed = self.attributes.gather(x, *terms, norm=self.attribute_norm)
-        edge = residual + self.ffn(normed)
+        edge = self.ffn(normed, residual=residual)
         node = self.node_norm(pool_slots(edge, x, self.pooling))
         return node, self.edge_norm(edge) if self.edge_norm is not None else None
 
@@ -285,6 +287,7 @@ class NeighborAttention(nn.Module):
         self.dropout = nn.Dropout(config.mlp_dropout)
         self.attention_dropout = config.attention_dropout
         self.attend = attention_backend(dropout=config.attention_dropout)
+        self.linear = linear_backend(prologue_linear)
         self.recompute = config.recompute
         self.heads = config.num_heads
         self.frequencies = config.frequency_list if config.angular == "legendre" else ()
@@ -315,7 +318,8 @@ class NeighborAttention(nn.Module):
         if self.edge is not None:
             affine = self.edge.weight, self.edge.bias
             norm = edge_norm.parameters()
-            inputs.append(prologue_linear(*affine, edge_norm, edge, *norm, **again))
+            affine = *affine, Prologue(norm=edge_norm)
+            inputs.append(self.linear(*affine, edge, *norm, **again))
         count = len(inputs)
 
         def parts(*given: Tensor) -> tuple[Tensor, ...]:
@@ -331,9 +335,9 @@ class NeighborAttention(nn.Module):
         affine = self.message.weight, self.message.bias
         repeatable = self.recompute and not (self.training and self.dropout.p > 0)
         message = prologue_linear(*affine, parts, *inputs, recompute=repeatable)
-        norm = self.message_norm.parameters()
-        affine = self.qkv.weight, self.qkv.bias
-        qkv = prologue_linear(*affine, self._normed_message, message, *norm, **again)
+        normed = Prologue(self.activation, norm=self.message_norm)
+        affine = self.qkv.weight, self.qkv.bias, normed
+        qkv = self.linear(*affine, message, *self.message_norm.parameters(), **again)
         attended = self.attend(
             qkv.unflatten(-1, (3, self.heads, -1)),
             x.attention,
@@ -351,9 +355,6 @@ class NeighborAttention(nn.Module):
             return gather_gelu(None, source, target, x.index)
         pair = source.index_select(0, x.senders).add_(target.index_select(0, x.receivers))
         return self.dropout(self.activation(pair))
-
-    def _normed_message(self, message: Tensor, *norm: Tensor) -> Tensor:
-        return self.message_norm(self.activation(message), *norm)
 
 
 def attention_width(config: EScAIPConfig) -> int:
@@ -406,10 +407,15 @@ class TransformerBlock(nn.Module):
         update = self.attention(prepared, edge, self.edge_attention_norm, x)
         node_update, edge_update = self.drop_attention(*update, x.system_idx, edge_system)
         node = node + node_update
+        edge = edge + edge_update if self.edge_used else None
+        if not self.drop_ffn.active:
+            node = self.node_ffn(node, self.node_ffn_norm, residual=node)
+            if self.edge_used:
+                edge = self.edge_ffn(edge, self.edge_ffn_norm, residual=edge)
+            return node, edge
         if not self.edge_used:
             node_ffn = self.node_ffn(node, self.node_ffn_norm)
             return node + self.drop_ffn(node_ffn, node_ffn, x.system_idx, x.system_idx)[0], None
-        edge = edge + edge_update
         update = self.node_ffn(node, self.node_ffn_norm), self.edge_ffn(edge, self.edge_ffn_norm)
         node_update, edge_update = self.drop_ffn(*update, x.system_idx, edge_system)
         return node + node_update, edge + edge_update
@@ -444,7 +450,7 @@ class Readout(nn.Module):
 
     def add(self, total: tuple[Tensor, Tensor] | None, index: int, x: Tensor):
         """Add block `index`'s readout of features [..., H] to the running projection."""
-        readout = x + self.ffns[index](x, self.norms[index])
+        readout = self.ffns[index](x, self.norms[index], residual=x)
         square = None
         if self.concat_norm is not None:
             square = readout.square().sum(-1, keepdim=True)

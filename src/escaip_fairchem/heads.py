@@ -52,8 +52,7 @@ class OutputLayer(nn.Module):
         """See the class; of ``norm(x)`` if a norm is given."""
         if self.residual and norm is not None:
             x, norm = norm(x), None
-        hidden = self.ffn(x, norm)
-        return self.final(x + hidden if self.residual else hidden)
+        return self.final(self.ffn(x, norm, residual=x if self.residual else None))
 
 
 class _Head(nn.Module, HeadInterface):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from escaip_fairchem.kernels import linear, recomputed_linear, rms_norm
+from escaip_fairchem.kernels import linear, linear_backend, recomputed_linear, rms_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,14 +72,52 @@ def norm_factory(name: str, size: int) -> Callable[[], nn.Module]:
     }[name]
 
 
+@dataclass(frozen=True)
+class Prologue:
+    """What the input of a linear map goes through first, cheap enough to be done again.
+
+    Attributes:
+        activation: Of the input, or of every part of a concatenation.
+        dropout: After the activation.
+        norm: Of the input, or of the first part. Its parameters are the last inputs.
+        gather: Gives the parts from the other inputs, which are the parts without it.
+    """
+
+    activation: Callable[[Tensor], Tensor] | None = None
+    dropout: nn.Dropout | None = None
+    norm: nn.Module | None = None
+    gather: Callable[..., Sequence[Tensor]] | None = None
+
+    def split(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The inputs without the norm's parameters, and these."""
+        count = 0 if self.norm is None else len(list(self.norm.parameters()))
+        return inputs[: len(inputs) - count], inputs[len(inputs) - count :]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the linear map's input."""
+        parts, norm = self.split(inputs)
+        if self.gather is not None:
+            parts = self.gather(*parts)
+        if self.activation is not None:
+            parts = [self.activation(part) for part in parts]
+        if self.dropout is not None:
+            parts = [self.dropout(part) for part in parts]
+        if self.norm is not None:
+            parts = [self.norm(parts[0], *norm), *parts[1:]]
+        return tuple(parts)
+
+
 def prologue_linear(
     weight: Tensor,
     bias: Tensor | None,
     prologue: Callable[..., Tensor | tuple[Tensor, ...]],
     *inputs: Tensor,
     recompute: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A linear map of the concatenation of ``prologue(*inputs)``, which is never formed.
+
+    This is the plain form; modules call what `linear_backend` chose of its implementations.
 
     Args:
         weight: Of the linear map.
@@ -88,7 +127,10 @@ def prologue_linear(
         *inputs: Tensors.
         recompute: Repeat the prologue in the backward pass instead of keeping its parts; one
             that drops out cannot be repeated.
+        residual: Added to the result.
     """
+    if residual is not None:
+        return residual + prologue_linear(weight, bias, prologue, *inputs, recompute=recompute)
     if recompute:
         return recomputed_linear(prologue, weight, bias, *inputs)
     parts = prologue(*inputs)
@@ -129,20 +171,22 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(multiplier * size, size)
         self.activation = ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
+        self.linear = linear_backend(prologue_linear)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """[..., size] -> [..., size]; of ``norm(x)`` if a norm is given."""
+    def forward(
+        self, x: Tensor, norm: nn.Module | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """[..., size] -> [..., size]; of ``norm(x)`` if a norm is given; plus `residual`."""
         if norm is None:
             hidden = linear(x, self.up.weight, self.up.bias)
         else:
-            up = self.up.weight, self.up.bias
-            hidden = prologue_linear(*up, norm, x, *norm.parameters(), recompute=self.recompute)
-        recompute = self.recompute and not (self.training and self.dropout.p > 0)
-        down = self.down.weight, self.down.bias
-        return self.dropout(prologue_linear(*down, self._activated, hidden, recompute=recompute))
-
-    def _activated(self, hidden: Tensor) -> Tensor:
-        return self.dropout(self.activation(hidden))
+            up = self.up.weight, self.up.bias, Prologue(norm=norm)
+            hidden = self.linear(*up, x, *norm.parameters(), recompute=self.recompute)
+        down = self.down.weight, self.down.bias, Prologue(self.activation, self.dropout)
+        if not (self.training and self.dropout.p > 0):
+            return self.linear(*down, hidden, recompute=self.recompute, residual=residual)
+        out = self.dropout(self.linear(*down, hidden, recompute=False))
+        return out if residual is None else residual + out
 
 
 class StochasticDepth(nn.Module):
@@ -155,9 +199,14 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.p = p
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped."""
+        return self.training and self.p > 0
+
     def forward(self, node: Tensor, edge: Tensor, system: Tensor, edge_system: Tensor):
         """Drop independently for nodes [N, H] and edges [E, H], given their structures."""
-        if not self.training or self.p == 0.0:
+        if not self.active:
             return node, edge
         return self._drop(node, system), self._drop(edge, edge_system)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from escaip_fairchem.kernels.again import recomputed_tree
 from escaip_fairchem.kernels.attention import packed_attention
-from escaip_fairchem.kernels.backends import attention_backend, fused_edges
+from escaip_fairchem.kernels.backends import attention_backend, fused_edges, linear_backend
 from escaip_fairchem.kernels.dense import linear
 from escaip_fairchem.kernels.edges import SortedLengths, gather_gelu, order_by
 from escaip_fairchem.kernels.lean import banded_linear, recomputed_linear, rms_norm
@@ -18,6 +18,7 @@ __all__ = [
     "fused_edges",
     "gather_gelu",
     "linear",
+    "linear_backend",
     "neighbor_attention",
     "order_by",
     "packed_attention",

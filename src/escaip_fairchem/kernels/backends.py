@@ -1,4 +1,4 @@
-"""Which implementation of attention and edges runs: chosen once, when a model is built.
+"""Which implementations of attention, edges and linear maps run: chosen once, with the model.
 
 | backend | devices | second derivative | attention dropout | chosen |
 |---|---|---|---|---|
@@ -7,13 +7,15 @@
 | ``reference`` | all | autograd | yes | by ``ESCAIP_KERNELS=reference`` |
 
 With ``triton`` edges are embedded by fused kernels, too (`fused_edges`), elsewhere in PyTorch.
+``triton`` also takes linear maps after an RMS norm, a GELU or both, on tensor cores (bf16, fp16,
+TF32); those after dropout or after other norms and activations, and float64, stay with torch.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from escaip_fairchem.errors import UserError
@@ -37,9 +39,7 @@ def attention_backend(*, dropout: float) -> Callable[..., Tensor]:
     Raises:
         UserError: `ESCAIP_KERNELS` names no backend, or one that cannot run here.
     """
-    name = os.environ.get(VARIABLE, "") or "torch"
-    if name not in _BACKENDS:
-        raise UserError(f"{VARIABLE}={name} is not one of {', '.join(_BACKENDS)}")
+    name = _chosen()
     reason = f"{VARIABLE}={name}" if os.environ.get(VARIABLE) else "the default"
     if name == "triton":
         _require_triton()
@@ -65,6 +65,28 @@ def fused_edges(activation: str) -> bool:
     return True
 
 
+def linear_backend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function that computes linear maps with what comes before them.
+
+    Args:
+        plain: `layers.prologue_linear`, whose signature that function has.
+
+    Raises:
+        UserError: As `attention_backend`.
+    """
+    if _chosen() != "triton":
+        return plain
+    _require_triton()
+    return partial(_triton_linear, plain)
+
+
+def _chosen() -> str:
+    name = os.environ.get(VARIABLE, "") or "torch"
+    if name not in _BACKENDS:
+        raise UserError(f"{VARIABLE}={name} is not one of {', '.join(_BACKENDS)}")
+    return name
+
+
 def _reference(qkv: Tensor, geometry: AttentionGeometry, **options) -> Tensor:
     return neighbor_attention(*qkv.unbind(1), geometry, **options)
 
@@ -83,9 +105,16 @@ def _triton(qkv: Tensor, geometry: AttentionGeometry, *, dropout: float, **optio
     )
 
 
+def _triton_linear(*args, **options) -> Tensor:
+    from escaip_fairchem.kernels.triton_linear import triton_linear
+
+    return triton_linear(*args, **options)
+
+
 def _require_triton() -> None:
     try:
-        import escaip_fairchem.kernels.triton_attention  # noqa: F401
+        import escaip_fairchem.kernels.triton_attention
+        import escaip_fairchem.kernels.triton_linear  # noqa: F401
     except ImportError as error:
         raise UserError(f"{VARIABLE}=triton needs the package triton; install it") from error
 

@@ -14,14 +14,14 @@ import os
 import triton
 import triton.language as tl
 
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def dot(a, b, LOW: tl.constexpr, PRECISION: tl.constexpr):
     """Product of tiles in the inputs' type, accumulated in float32 (float64 for float64)."""
     a, b = a.to(LOW), b.to(LOW)
-    if _INTERPRETED and LOW.is_bf16():
+    if INTERPRETED and LOW.is_bf16():
         # the interpreter would multiply the bit patterns
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)

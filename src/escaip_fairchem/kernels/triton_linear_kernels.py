@@ -1,0 +1,206 @@
+"""Triton kernels of linear maps whose input is activated and normed in registers.
+
+y = sum_i scale_i f_i(x_i) W_i^T + b + residual: x_i the parts of a concatenation that is never
+formed, f_i GELU or nothing, scale_0 = 1 / rms(f_0(x_0)) where the first part is normed (its
+norm's weights are in W_0), every other scale 1. Shapes: M rows, part i of SIZE_i columns,
+K = sum of SIZE_i, N outputs. Columns are adjacent, `x_row` and so on are strides of rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from escaip_fairchem.kernels.triton_tiles import INTERPRETED
+
+
+@triton.jit
+def cast(x, TYPE: tl.constexpr):
+    """float32 to `TYPE`, rounded to the nearest; the interpreter would cut bfloat16 off."""
+    if INTERPRETED and TYPE.is_bf16():
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def normal_cdf(x):
+    """Cumulative normal distribution, Phi(x) = (1 + erf(x / sqrt(2))) / 2.
+
+    A third of the instructions of erf. Its logarithm is nearly a parabola, so that Phi(-|x|) is
+    2 to the power of a polynomial (fitted to x Phi(x) for |x| < 6, error 4e-7, there and beyond).
+    """
+    z = tl.abs(x)
+    q = 2.61612617e-05 - 1.61954781e-06 * z
+    q = -1.30233468e-04 + q * z
+    q = -2.54717332e-04 + q * z
+    q = 7.19391784e-03 + q * z
+    q = -5.25700452e-02 + q * z
+    q = -4.59189319e-01 + q * z
+    q = -1.15110675 + q * z
+    tail = tl.exp2(q * z - 1.0)
+    return tl.where(x < 0, tail, 1.0 - tail)
+
+
+@triton.jit
+def _add_part(
+    acc,
+    square,
+    x,
+    x_row,
+    weight,
+    row,
+    weight_at,
+    SIZE: tl.constexpr,
+    GELU: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums, acc + f(x) W^T and, with NORM, square + row sums of f(x)^2."""
+    LOW: tl.constexpr = weight.dtype.element_ty
+    inner = tl.arange(0, BLOCK_K)
+    x_at = x + row[:, None] * x_row + inner[None, :]
+    w_at = weight + weight_at[None, :] + inner[:, None]
+    for first in range(0, SIZE, BLOCK_K):
+        if SIZE % BLOCK_K == 0:
+            tile, w = tl.load(x_at), tl.load(w_at)
+        else:
+            inside = inner < SIZE - first
+            tile = tl.load(x_at, mask=inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+        tile = tile.to(tl.float32)
+        if GELU:
+            tile = tile * normal_cdf(tile)
+        if NORM:
+            square += tl.sum(tile * tile, 1)
+        tile = cast(tile, LOW)
+        if INTERPRETED and LOW.is_bf16():
+            # the interpreter would multiply the bit patterns
+            tile, w = tile.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(tile, w, acc, input_precision=PRECISION)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    return acc, square
+
+
+@triton.jit
+def norm_linear_kernel(
+    x0,
+    x1,
+    x2,
+    x0_row,
+    x1_row,
+    x2_row,
+    weight,
+    bias,
+    residual,
+    residual_row,
+    out,
+    rstd,
+    M,
+    N,
+    EPS: tl.constexpr,
+    SIZES: tl.constexpr,
+    GELU: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y, [M, N], and with NORM scale_0, [M]."""
+    K: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
+    # programs that run together share rows of x and of W in the L2 cache
+    row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * column_blocks)
+    rank = tl.program_id(0) % (GROUP * column_blocks)
+    height = tl.minimum(row_blocks - group * GROUP, GROUP)
+    row = (group * GROUP + rank % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = rank // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    # rows and columns beyond the end repeat the last one and are not stored
+    read_row = tl.minimum(row, M - 1).to(tl.int64)
+    weight_at = tl.minimum(column, N - 1) * K
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    square = tl.zeros([BLOCK_M], tl.float32)
+    acc, square = _add_part(
+        acc, square, x0, x0_row, weight, read_row, weight_at,
+        SIZES[0], GELU, NORM, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if NORM:
+        scale = tl.rsqrt(square / SIZES[0] + EPS)
+        acc *= scale[:, None]
+        if rank // height == 0:
+            tl.store(rstd + row, scale, mask=row < M)
+    if SIZES[1] > 0:
+        acc, square = _add_part(
+            acc, square, x1, x1_row, weight + SIZES[0], read_row, weight_at,
+            SIZES[1], GELU, False, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if SIZES[2] > 0:
+        acc, square = _add_part(
+            acc, square, x2, x2_row, weight + SIZES[0] + SIZES[1], read_row, weight_at,
+            SIZES[2], GELU, False, BLOCK_K, PRECISION,
+        )  # fmt: skip
+
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    if BIAS:
+        acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    row = row.to(tl.int64)
+    if RESIDUAL:
+        at = residual + row[:, None] * residual_row + column[None, :]
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * N + column[None, :], cast(acc, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_linear_backward_kernel(
+    u,
+    x,
+    rstd,
+    d_x,
+    z,
+    u_row,
+    x_row,
+    z_row,
+    M,
+    SIZE: tl.constexpr,
+    GELU: tl.constexpr,
+    NORM: tl.constexpr,
+    Z: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Elementwise part of the gradient, one part of the concatenation, with its row sums.
+
+    From u = (dL/dy) W, [M, SIZE], dL/dx; with Z also what W was multiplied by, z = scale f(x).
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < M)[:, None] & (column < SIZE)[None, :]
+    value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0)
+    value = value.to(tl.float32)
+    if GELU:
+        cdf = normal_cdf(value)
+        slope = cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327
+        value *= cdf
+    if NORM:
+        scale = tl.load(rstd + row, mask=row < M, other=0.0)[:, None]
+        value *= scale
+    if Z:
+        at = z + row[:, None] * z_row + column[None, :]
+        tl.store(at, cast(value, z.dtype.element_ty), mask=inside)
+    d = tl.load(u + row[:, None] * u_row + column[None, :], mask=inside, other=0.0)
+    d = d.to(tl.float32)
+    if NORM:
+        mean = tl.sum(d * value, 1) / SIZE
+        d = scale * (d - value * mean[:, None])
+    if GELU:
+        d *= slope
+    at = d_x + row[:, None] * SIZE + column[None, :]
+    tl.store(at, cast(d, d_x.dtype.element_ty), mask=inside)
