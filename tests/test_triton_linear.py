@@ -18,6 +18,7 @@ from helpers import SMALL, make_batch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 triton_linear = importlib.import_module("escaip_fairchem.kernels.triton_linear")
+operators = importlib.import_module("escaip_fairchem.kernels.triton_linear_ops")
 
 # rows, sizes of the parts, outputs, GELU, norm, bias and residual
 CASES = [
@@ -101,6 +102,15 @@ def test_derivatives_equal_plain_ones(rows, sizes, outputs, gelu, norm, more):
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.parametrize("tile", [(128, 256, 64), (64, 64, 32), (128, 128, 32)])
+def test_tiles_of_a_gpu(tile, monkeypatch):
+    problem = Problem(150, (70,), 300, True, True, True)
+    expected = problem.plain(**problem.leaves(torch.float64))
+    monkeypatch.setattr(operators, "_tile", lambda *args, **options: (*tile, 8, 3))
+    result = problem.fused(**problem.leaves(torch.float32))
+    assert errors({"out": result}, {"out": expected})["out"] < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gelu", [False, True])
 def test_half_precision_is_as_exact_as_the_plain_form(dtype, gelu):
@@ -150,6 +160,8 @@ def test_forces_spare_the_gradients_of_the_weights():
     """As they differentiate by positions alone."""
     problem = Problem(6, (8,), 4, True, True, True)
     leaves = problem.leaves(torch.float32)
+    out = problem.fused(**leaves)
+    assert torch.autograd.grad(out.sum(), leaves["bias"])[0].tolist() == [6] * 4
     for wanted in (["x0"], ["x0", "norm"]):
         with Calls() as calls:
             out = problem.fused(**leaves)

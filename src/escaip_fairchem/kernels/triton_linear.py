@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from escaip_fairchem.kernels.triton_linear_ops import (
     asked,
+    bias_gradient,
     gradients,
     norm_linear_op,
     precision,
@@ -50,8 +51,8 @@ def triton_linear(
         with torch.autocast(weight.device.type, enabled=False):
             parts = prologue.gather(*given)
         return norm_linear(parts, weight, bias, gelu=gelu, norm=norm, residual=residual)
-    folded = _folded(weight, norm)
-    out = _Gathered.apply(prologue.gather, gelu, norm is not None, folded, bias, *given)
+    weight, bias = _folded(weight, bias, norm)
+    out = _Gathered.apply(prologue.gather, gelu, norm is not None, weight, bias, *given)
     return out if residual is None else residual + out
 
 
@@ -102,15 +103,17 @@ def norm_linear(
     Returns:
         [..., N], in the type of the products, or of `residual` if that is wider.
     """
-    folded = _folded(weight, norm)
+    weight, bias = _folded(weight, bias, norm)
     shape = (*parts[0].shape[:-1], len(weight))
     rows = [part.flatten(0, -2) for part in parts]
     residual = None if residual is None else residual.flatten(0, -2)
-    return norm_linear_op(folded, bias, residual, rows, gelu, norm is not None)[0].view(shape)
+    return norm_linear_op(weight, bias, residual, rows, gelu, norm is not None)[0].view(shape)
 
 
-def _folded(weight: Tensor, norm: Tensor | None) -> Tensor:
-    """W diag(norm) in the type of the products."""
+def _folded(
+    weight: Tensor, bias: Tensor | None, norm: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """W diag(norm) in the type of the products, and the bias; no leaves, see `asked`."""
     dtype, device = weight.dtype, weight.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -118,7 +121,7 @@ def _folded(weight: Tensor, norm: Tensor | None) -> Tensor:
         first, rest = weight.split([len(norm), weight.shape[1] - len(norm)], dim=1)
         weight = torch.cat([first * norm, rest], dim=1) if rest.numel() else first * norm
     weight = weight.to(dtype)
-    return weight.view_as(weight) if weight.is_leaf else weight  # see `asked`
+    return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
 
 class _Gathered(Function):
@@ -159,5 +162,5 @@ class _Gathered(Function):
         d_inputs: list[Tensor | None] = [None] * len(inputs)
         for index, value in zip(wanted, found, strict=True):
             d_inputs[index] = value
-        d_bias = None if ctx.bias_dtype is None else grad.sum(0, dtype=ctx.bias_dtype)
+        d_bias = bias_gradient(ctx, grad)
         return None, None, None, d_weight, d_bias, *d_inputs

@@ -76,6 +76,12 @@ def _add_part(
         if NORM:
             square += tl.sum(tile * tile, 1)
         tile = cast(tile, LOW)
+        if GELU and NORM and not INTERPRETED:
+            # a barrier: the compiler would do GELU twice, as the sums and as the product want it
+            PACK: tl.constexpr = 32 // LOW.primitive_bitwidth
+            tile = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=PACK
+            )
         if INTERPRETED and LOW.is_bf16():
             # the interpreter would multiply the bit patterns
             tile, w = tile.to(tl.float32), w.to(tl.float32)
@@ -83,6 +89,32 @@ def _add_part(
         x_at += BLOCK_K
         w_at += BLOCK_K
     return acc, square
+
+
+@triton.jit
+def _finish(
+    acc,
+    row,
+    first,
+    bias,
+    residual,
+    residual_row,
+    out,
+    M,
+    N,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Add bias and residual and store, columns from `first` on."""
+    column = first + tl.arange(0, acc.shape[1])
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    if BIAS:
+        acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        at = residual + row[:, None] * residual_row + column[None, :]
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = out + row[:, None] * N + column[None, :]
+    tl.store(at, cast(acc, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -148,14 +180,16 @@ def norm_linear_kernel(
             SIZES[2], GELU, False, BLOCK_K, PRECISION,
         )  # fmt: skip
 
-    inside = (row < M)[:, None] & (column < N)[None, :]
-    if BIAS:
-        acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    first = rank // height * BLOCK_N
     row = row.to(tl.int64)
-    if RESIDUAL:
-        at = residual + row[:, None] * residual_row + column[None, :]
-        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row[:, None] * N + column[None, :], cast(acc, out.dtype.element_ty), mask=inside)
+    if RESIDUAL and BLOCK_N >= 256:
+        # half by half: both at once overflow the registers
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, BLOCK_M, 2, HALF), 0, 2, 1))
+        _finish(left, row, first, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
+        _finish(right, row, first + HALF, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
+    else:
+        _finish(acc, row, first, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
 
 
 @triton.jit

@@ -42,10 +42,11 @@ def norm_linear_op(weight, bias, residual, parts, gelu, norm):
     if not out.numel():
         return out, rstd
     parts, weight = [_adjacent(part) for part in parts], weight.contiguous()
+    light = len(parts) == 1 and parts[0].element_size() == 2
     sizes = [part.shape[1] for part in parts] + [0] * (MAX_PARTS - len(parts))
     parts = parts + parts[:1] * (MAX_PARTS - len(parts))
     residual_rows = out if residual is None else _adjacent(residual)
-    m, n, k, warps, stages = _tile(*out.shape, parts[0], weight, residual is not None)
+    m, n, k, warps, stages = _tile(*out.shape, weight, light=light)
     with torch.cuda.device_of(weight):
         norm_linear_kernel[(triton.cdiv(len(out), m) * triton.cdiv(out.shape[1], n),)](
             *parts,
@@ -156,7 +157,7 @@ def _backward(ctx, grad, _):
     found = gradients(
         grad.to(weight.dtype), weight, rstd, parts, ctx.gelu, ctx.norm, for_weight=asked(ctx)
     )
-    d_bias = None if ctx.bias_dtype is None else grad.sum(0, dtype=ctx.bias_dtype)
+    d_bias = bias_gradient(ctx, grad)
     d_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
     return found[0], d_bias, d_residual, found[1], None, None
 
@@ -164,15 +165,22 @@ def _backward(ctx, grad, _):
 norm_linear_op.register_autograd(_backward, setup_context=_setup)
 
 
-def asked(ctx) -> bool:
-    """Whether the first tensor's gradient is asked for, and not only those of later ones.
+def asked(ctx, index: int = 0) -> bool:
+    """Whether this backward pass wants the gradient of the first (weight) or second (bias) tensor.
 
     Forces differentiate by positions alone. `ctx.needs_input_grad` does not know, and a third
     of the backward pass would go to gradients of weights that nobody reads. The engine does not
     say it of leaves, therefore `norm_linear` gives none.
     """
-    node = ctx.next_functions[0][0]
+    node = ctx.next_functions[index][0]
     return node is not None and torch._C._will_engine_execute_node(node)
+
+
+def bias_gradient(ctx, grad: Tensor) -> Tensor | None:
+    """Gradient of the bias, of type `ctx.bias_dtype` (None without a bias), if it is wanted."""
+    if ctx.bias_dtype is None or not asked(ctx, 1):
+        return None
+    return grad.sum(0, dtype=ctx.bias_dtype)
 
 
 def gradients(grad, weight, rstd, parts, gelu, norm, *, for_weight):
@@ -215,20 +223,25 @@ def precision() -> str:
 
 
 def _tile(
-    rows: int, columns: int, x: Tensor, weight: Tensor, residual: bool
+    rows: int, columns: int, weight: Tensor, *, light: bool
 ) -> tuple[int, int, int, int, int]:
     """Rows, columns and inner channels of a program, warps, stages of its pipeline.
 
-    From registers and shared memory of compiled code (compute capability 9.0), not timed. Fixed,
-    not tuned when it runs: the order of sums, and so the last bits, hang on it.
+    From registers and shared memory of compiled code, not timed. Fixed, not tuned when it runs:
+    the order of sums, and so the last bits, hang on it.
+
+    Args:
+        rows: M.
+        columns: N.
+        weight: W.
+        light: Whether x is one part in half precision.
     """
     if INTERPRETED.value:
         return 64, 64, 64, 4, 1
+    half = weight.element_size() == 2
     if triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < 128:  # too few to fill a GPU
-        return 64, 64, 64 if weight.element_size() == 2 else 32, 4, 3
-    if weight.element_size() == 4:
+        return 64, 64, 64 if half else 32, 4, 3
+    if not half:
         return 128, 128, 32, 8, 3
-    if columns % 256 == 0 and not residual:
-        # the activation is done again for every block of columns, so these are wide
-        return 128, 256, 64 if x.element_size() == 2 else 32, 8, 3
-    return 128, 128, 64, 8, 3
+    # the activation is done again for every block of columns: the wider the better
+    return 128, 256 if columns % 256 == 0 else 128, 64 if light else 32, 8, 3
