@@ -95,15 +95,15 @@ class Prologue:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The parts of the linear map's input."""
-        parts, norm = self.split(inputs)
-        if self.gather is not None:
-            parts = self.gather(*parts)
-        if self.activation is not None:
-            parts = [self.activation(part) for part in parts]
-        if self.dropout is not None:
-            parts = [self.dropout(part) for part in parts]
+        given, norm = self.split(inputs)
+        parts = list(given if self.gather is None else self.gather(*given))
+        for index in range(len(parts)):  # in place: what is done with is freed
+            if self.activation is not None:
+                parts[index] = self.activation(parts[index])
+            if self.dropout is not None:
+                parts[index] = self.dropout(parts[index])
         if self.norm is not None:
-            parts = [self.norm(parts[0], *norm), *parts[1:]]
+            parts[0] = self.norm(parts[0], *norm)
         return tuple(parts)
 
 
