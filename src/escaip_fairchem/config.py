@@ -241,7 +241,7 @@ class EScAIPConfig:
     @property
     def recompute(self) -> bool:
         """Whether cheap operations are repeated in the backward pass."""
-        return self.checkpointing == "pointwise"
+        return self.checkpointing != "none"
 
     @property
     def is_random(self) -> bool:
