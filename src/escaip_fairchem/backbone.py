@@ -27,6 +27,7 @@ from escaip_fairchem.kernels import (
     AttentionGeometry,
     SortedLengths,
     fused_edges,
+    fuses_graph,
     order_by,
     recomputed_tree,
 )
@@ -36,6 +37,8 @@ from escaip_fairchem.neighbors import Structures, times_matrix
 if TYPE_CHECKING:
     from ase import Atoms
     from fairchem.core.datasets.atomic_data import AtomicData
+
+_NO_ATOMS = "a structure of the batch has no atoms; remove it"
 
 
 class EScAIPBackbone(nn.Module, BackboneInterface):
@@ -59,6 +62,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             stress=config.regress_stress,
         )
         self.fused_edges = fused_edges(config.activation)
+        self._fused_graph = fuses_graph()
         norm = norm_factory(config.norm, config.hidden_size)
         carries_edges = config.message == "pair_and_edge"
         self.input_block = InputBlock(config, norm, edge_used=carries_edges or config.edge_outputs)
@@ -98,7 +102,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         # geometry in bf16 would be wrong by tenths of an Angstrom, so autocast stops here
         with torch.autocast(data["pos"].device.type, enabled=False):
             structures, leaves = self._strained(data)
-            graph = build_graph(structures, self.config)
+            graph = build_graph(structures, self.config, fused=self._fused_graph)
             inputs = self._features(graph, data["atomic_numbers"], structures.system_idx)
             if self.config.force_encoding and "encoded_forces" in data:
                 inputs.forces = force_projections(
@@ -246,14 +250,20 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
 
     def _refuse_bad_input(self, data: AtomicData) -> None:
         numbers, limit = data["atomic_numbers"], self.config.max_num_elements
-        if len(numbers) == 0 or int(data["natoms"].min()) == 0:
-            raise UserError("a structure of the batch has no atoms; remove it")
-        if not bool(torch.isfinite(data["pos"]).all() & torch.isfinite(data["cell"]).all()):
+        if len(numbers) == 0:
+            raise UserError(_NO_ATOMS)
+        unknown = (numbers >= limit) | (numbers < 0)
+        finite = torch.isfinite(data["pos"]).all() & torch.isfinite(data["cell"]).all()
+        # read together: each read makes the host wait for a GPU
+        wrong = torch.stack([data["natoms"].min() == 0, ~finite, unknown.any()])
+        no_atoms, not_finite, out_of_range = wrong.tolist()
+        if no_atoms:
+            raise UserError(_NO_ATOMS)
+        if not_finite:
             raise UserError("positions or cell of the batch are not finite (NaN or inf)")
-        unknown = numbers[(numbers >= limit) | (numbers < 0)]
-        if len(unknown):
+        if out_of_range:
             raise UserError(
-                f"atomic number {int(unknown[0])} is outside of the model's range "
+                f"atomic number {int(numbers[unknown][0])} is outside of the model's range "
                 f"0..{limit - 1}; set max_num_elements when training"
             )
 

@@ -171,7 +171,8 @@ def bond_orientational_order(
         cusp = q2 < 1e-10
         q = torch.where(cusp, q2.detach().sqrt(), torch.where(cusp, 1.0, q2).sqrt())
     if scale == "component":
-        q = q * q.new_tensor(sizes).sqrt()
+        # made on the device: a copy from the host would wait for a GPU
+        q = q * torch.arange(1, 2 * lmax + 2, 2, dtype=q.dtype, device=q.device).sqrt()
     return q
 
 

@@ -112,6 +112,15 @@ def in_blocks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return torch.cat([function(*part) for part in parts])
 
 
+def count_rows(index: Tensor, size: int, mask: Tensor | None = None) -> Tensor:
+    """How often each of 0 .. size - 1 is in `index` [M] (where `mask` is true), [size].
+
+    `torch.bincount` reads the largest and the smallest on the host, which waits for a GPU.
+    """
+    ones = torch.ones_like(index) if mask is None else mask.to(index.dtype)
+    return torch.zeros(size, dtype=index.dtype, device=index.device).scatter_add_(0, index, ones)
+
+
 def times_matrix(vectors: Tensor, matrices: Tensor) -> Tensor:
     """Row vectors times matrices (or one), [M, 3] x [M, 3, 3] -> [M, 3], in full precision.
 
@@ -121,42 +130,57 @@ def times_matrix(vectors: Tensor, matrices: Tensor) -> Tensor:
     return x * a + y * b + z * c
 
 
-@torch.no_grad()
 def find_pairs(
     structures: Structures, radius: float, search: str = "auto", *, unordered: bool = False
 ) -> Pairs:
-    """All pairs of atoms within a radius, periodic images included.
+    """All pairs of atoms within a radius, periodic images included; see `PairSearch`."""
+    return PairSearch(structures, search).within(radius, unordered=unordered)
+
+
+class PairSearch:
+    """Searches of one batch for pairs of atoms, periodic images included.
 
     Args:
         structures: The batch; atoms may lie outside of their cell.
-        radius: Angstrom.
         search: ``auto`` | ``fairchem`` (generate_graph version 2) | ``nvidia`` (version 3)
             | ``vesin``. ``auto`` is version 3 on a GPU with nvalchemiops (unless a structure is
             too dense for it), else version 2.
-        unordered: Each pair once, as `Pairs.unordered` has it, instead of i -> j and j -> i.
-
-    Returns:
-        The pairs, in no particular order; one exactly at the radius may be missing.
 
     Raises:
-        UserError: The named search is not installed or too small, or two atoms coincide.
+        UserError: The named search is not installed, or two atoms coincide.
     """
-    name = _resolve(search, structures.positions.device)
-    pairs = None
-    wrapped, shifts = _wrap(structures)
-    _refuse_coincident(wrapped)
-    if name == "vesin":
-        pairs = _vesin(wrapped, radius, full=not unordered)
-    if name == "nvidia":
-        pairs = _nvidia(wrapped, radius, required=search == "nvidia")
-    if pairs is None:
-        pairs = _fairchem(wrapped, radius, version=2, max_neighbors=-1)
-    if unordered:
-        pairs = pairs.turned() if name == "vesin" else pairs.unordered()
-    # the wrapped atom s is s - shift.cell; undo it in the offset of the pair
-    offsets = pairs.offsets - shifts.index_select(0, pairs.senders)
-    offsets += shifts.index_select(0, pairs.receivers)
-    return Pairs(pairs.senders, pairs.receivers, offsets)
+
+    @torch.no_grad()
+    def __init__(self, structures: Structures, search: str = "auto") -> None:
+        self._name = _resolve(search, structures.positions.device)
+        self._required = search == self._name
+        self._wrapped, self._shifts = _wrap(structures)
+        _refuse_coincident(self._wrapped)
+
+    @torch.no_grad()
+    def within(self, radius: float, *, unordered: bool = False) -> Pairs:
+        """The pairs, in no particular order; one exactly at the radius may be missing.
+
+        Args:
+            radius: Angstrom.
+            unordered: Each pair once, as `Pairs.unordered` has it, instead of i -> j and j -> i.
+
+        Raises:
+            UserError: The named search is too small.
+        """
+        name, pairs = self._name, None
+        if name == "vesin":
+            pairs = _vesin(self._wrapped, radius, full=not unordered)
+        if name == "nvidia":
+            pairs = _nvidia(self._wrapped, radius, required=self._required)
+        if pairs is None:
+            pairs = _fairchem(self._wrapped, radius, version=2, max_neighbors=-1)
+        if unordered:
+            pairs = pairs.turned() if name == "vesin" else pairs.unordered()
+        # the wrapped atom s is s - shift.cell; undo it in the offset of the pair
+        offsets = pairs.offsets - self._shifts.index_select(0, pairs.senders)
+        offsets += self._shifts.index_select(0, pairs.receivers)
+        return Pairs(pairs.senders, pairs.receivers, offsets)
 
 
 def _resolve(search: str, device: torch.device) -> str:
@@ -173,7 +197,7 @@ def _wrap(structures: Structures) -> tuple[Structures, Tensor]:
     """Move atoms into their cell along periodic axes; also the lattice shifts taken, [N, 3]."""
     s = structures
     cell = _nonsingular_cell(s)
-    inverse = torch.linalg.inv(cell)
+    inverse = torch.linalg.inv_ex(cell).inverse  # `inv` would wait for a GPU, to look for errors
     fractional = times_matrix(s.positions, inverse[s.system_idx])
     shifts = torch.where(s.pbc[s.system_idx], (fractional + WRAP_MARGIN).floor(), 0.0)
     wrapped = s.positions - times_matrix(shifts, cell[s.system_idx])
@@ -187,11 +211,13 @@ def _wrap(structures: Structures) -> tuple[Structures, Tensor]:
 
 def _nonsingular_cell(s: Structures) -> Tensor:
     """The cells, with rows of axes that are not periodic replaced where the cell is singular."""
-    singular = (torch.linalg.det(s.cell).abs() < 1e-6).nonzero()[:, 0].tolist()
-    if not singular:
+    singular = (torch.linalg.det(s.cell).abs() < 1e-6).tolist()
+    if not any(singular):
         return s.cell
     cell = s.cell.clone()
-    for index in singular:
+    for index in range(len(cell)):
+        if not singular[index]:
+            continue
         rows = torch.where(s.pbc[index][:, None], s.cell[index], 0.0).cpu().numpy()
         periodic = int(s.pbc[index].sum())
         cell[index] = torch.from_numpy(complete_cell(rows)).to(cell)
@@ -222,7 +248,7 @@ def _nvidia(s: Structures, radius: float, *, required: bool) -> Pairs | None:
 
     width = estimate_max_neighbors(cutoff=radius, safety_factor=2.0)
     pairs = _fairchem(s, radius, version=3, max_neighbors=width)
-    counts = torch.bincount(pairs.receivers, minlength=len(s.positions))
+    counts = count_rows(pairs.receivers, len(s.positions))
     if int(counts.max()) < width:
         return pairs
     if required:
@@ -263,24 +289,24 @@ def _vesin(s: Structures, radius: float, *, full: bool) -> Pairs:
     return Pairs(senders, receivers, offsets.to(s.positions.dtype))
 
 
-def refuse_overlap(lengths: Tensor, pairs: Pairs) -> None:
-    """Raise a UserError if a pair is closer than `MIN_DISTANCE`."""
-    if len(lengths) and float(lengths.detach().min()) < MIN_DISTANCE:
+def refuse_overlap(shortest: float, lengths: Tensor, senders: Tensor, receivers: Tensor) -> None:
+    """Raise a UserError if the `shortest` of `lengths` is less than `MIN_DISTANCE`."""
+    if shortest < MIN_DISTANCE:
         worst = int(lengths.argmin())
-        _coincide(int(pairs.receivers[worst]), int(pairs.senders[worst]), float(lengths[worst]))
+        _coincide(int(receivers[worst]), int(senders[worst]), shortest)
 
 
 def _refuse_coincident(wrapped: Structures) -> None:
     """Neighbour searches drop pairs at distance zero silently, so look for those first."""
     p = wrapped.positions
     # equal positions have equal projections on a direction of no symmetry
-    order = torch.argsort(p @ p.new_tensor([0.5257311, 0.7236068, 0.4472136]))
+    order = torch.argsort(0.5257311 * p[:, 0] + 0.7236068 * p[:, 1] + 0.4472136 * p[:, 2])
     order = order[torch.argsort(wrapped.system_idx[order], stable=True)]
     same = wrapped.system_idx[order[1:]] == wrapped.system_idx[order[:-1]]
     gap = torch.linalg.vector_norm(p[order[1:]] - p[order[:-1]], dim=-1)
-    hits = (same & (gap < 0.01)).nonzero()[:, 0]
-    if len(hits):
-        first = int(hits[0])
+    hits = same & (gap < 0.01)
+    if bool(hits.any()):
+        first = int(hits.nonzero()[0])
         _coincide(int(order[first]), int(order[first + 1]), float(gap[first]))
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from escaip_fairchem.kernels.again import recomputed_tree
 from escaip_fairchem.kernels.attention import packed_attention
-from escaip_fairchem.kernels.backends import attention_backend, fused_edges, linear_backend
+from escaip_fairchem.kernels.backends import (
+    attention_backend,
+    fused_edges,
+    fuses_graph,
+    linear_backend,
+)
 from escaip_fairchem.kernels.dense import linear
 from escaip_fairchem.kernels.edges import SortedLengths, gather_gelu, order_by
 from escaip_fairchem.kernels.lean import banded_linear, recomputed_linear, rms_norm
@@ -16,6 +21,7 @@ __all__ = [
     "attention_backend",
     "banded_linear",
     "fused_edges",
+    "fuses_graph",
     "gather_gelu",
     "linear",
     "linear_backend",

@@ -87,6 +87,14 @@ def _chosen() -> str:
     return name
 
 
+def fuses_graph() -> bool:
+    """Whether Triton kernels make the soft k nearest neighbours: with ``ESCAIP_KERNELS=triton``."""
+    if os.environ.get(VARIABLE) != "triton":
+        return False
+    _require_triton()
+    return True
+
+
 def _reference(qkv: Tensor, geometry: AttentionGeometry, **options) -> Tensor:
     return neighbor_attention(*qkv.unbind(1), geometry, **options)
 
