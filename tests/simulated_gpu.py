@@ -131,12 +131,13 @@ def carry_out(func, args, kwargs):
     if goal is not None:
         kwargs["device"] = torch.device("cpu")
     result = func(*args, **kwargs)
-    # a result in place is the tensor that was given
-    return (
-        tree_map_only(Tensor, lambda x: wrapped.get(id(x)) or OnDevice(x), result)
-        if to_device
-        else result
-    )
+    if not to_device:
+        return result
+
+    def wrap(x: Tensor) -> OnDevice:
+        return wrapped[id(x)] if id(x) in wrapped else OnDevice(x)  # given, if changed in place
+
+    return tree_map_only(Tensor, wrap, result)
 
 
 def place() -> str:
