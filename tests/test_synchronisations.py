@@ -50,14 +50,16 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def waits(folder: Path, preset: str, *, conservative: bool, layers: int) -> tuple[Counter, Counter]:
+def waits(
+    folder: Path, preset: str, *, conservative: bool, layers: int, fused: bool = False, **keys
+) -> tuple[Counter, Counter]:
     """By place, of a forward pass in evaluation and of a training step."""
     from simulated_gpu import move, moved, simulated
 
     heads = ["EnergyHead", "DirectForceHead"]
     backbone = {
         "model": "escaip_fairchem.EScAIPBackbone", **SMALL, "preset": preset,
-        "num_layers": layers, "neighbor_search": "fairchem",
+        "num_layers": layers, "neighbor_search": "fairchem", **keys,
     }  # fmt: skip
     if conservative:
         heads, backbone = ["ConservativeHead"], backbone | {"direct_forces": False}
@@ -67,6 +69,7 @@ def waits(folder: Path, preset: str, *, conservative: bool, layers: int) -> tupl
         backbone=backbone,
         heads={names[head]: {"module": f"escaip_fairchem.{head}"} for head in heads},
     )
+    model.backbone.fused_graph = fused
     batch = batches(folder, [[0, 3]], stress=conservative)[0]
     tasks = summed(make_tasks(preset, stress=conservative))
     for task in tasks:
@@ -102,27 +105,17 @@ def own(places: Counter) -> Counter:
 def test_a_step_waits_at_known_places(preset, conservative, frames, process):
     if "fused" in preset:
         pytest.importorskip("triton")
-    kernels = "triton" if "fused" in preset else ""
-    case = kernels, frames, preset.split()[0]
-    job = process.submit(with_kernels, *case, conservative=conservative, layers=1)
-    forward, training = job.result()
+    keys = {"fused": "fused" in preset, "conservative": conservative, "layers": 1}
+    forward, training = process.submit(waits, frames, preset.split()[0], **keys).result()
     assert own(forward) == own(training) == EXPECTED[preset]
     assert training.total() > forward.total()  # the losses' are seen
 
 
 def test_depth_does_not_matter(frames, process):
     """Of a forward pass and a training step, fairchem's places included."""
-    jobs = [
-        process.submit(with_kernels, "", frames, "v2", conservative=False, layers=layers)
-        for layers in (1, 4)
-    ]
+    keys = {"conservative": False, "stochastic_depth": 0.1}
+    jobs = [process.submit(waits, frames, "v2", layers=layers, **keys) for layers in (1, 4)]
     assert jobs[0].result() == jobs[1].result()
-
-
-def with_kernels(kernels: str, *args, **settings) -> tuple[Counter, Counter]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ESCAIP_KERNELS", kernels)
-        return waits(*args, **settings)
 
 
 def test_every_wait_is_seen(process):

@@ -62,7 +62,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             stress=config.regress_stress,
         )
         self.fused_edges = fused_edges(config.activation)
-        self._fused_graph = fuses_graph()
+        self.fused_graph = fuses_graph()
         norm = norm_factory(config.norm, config.hidden_size)
         carries_edges = config.message == "pair_and_edge"
         self.input_block = InputBlock(config, norm, edge_used=carries_edges or config.edge_outputs)
@@ -102,7 +102,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         # geometry in bf16 would be wrong by tenths of an Angstrom, so autocast stops here
         with torch.autocast(data["pos"].device.type, enabled=False):
             structures, leaves = self._strained(data)
-            graph = build_graph(structures, self.config, fused=self._fused_graph)
+            graph = build_graph(structures, self.config, fused=self.fused_graph)
             inputs = self._features(graph, data["atomic_numbers"], structures.system_idx)
             if self.config.force_encoding and "encoded_forces" in data:
                 inputs.forces = force_projections(

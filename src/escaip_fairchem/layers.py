@@ -211,8 +211,9 @@ class StochasticDepth(nn.Module):
         return self._drop(node, system), self._drop(edge, edge_system)
 
     def _drop(self, x: Tensor, system: Tensor) -> Tensor:
-        size = int(system.max()) + 1 if system.numel() else 0
-        keep = torch.full((size, 1), 1.0 - self.p, dtype=x.dtype, device=x.device).bernoulli()
+        # one for each row is enough for all structures; how many there are would have to be read
+        keep = torch.full((len(system), 1), 1.0 - self.p, dtype=x.dtype, device=x.device)
+        keep = keep.bernoulli()
         return x * keep[system] / (1.0 - self.p)
 
 
