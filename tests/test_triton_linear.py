@@ -11,7 +11,7 @@ from ase.build import molecule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip_fairchem import EScAIP
-from escaip_fairchem.layers import FeedForward, LayerNorm, Prologue, RMSNorm, prologue_linear
+from escaip_fairchem.layers import FeedForward, LayerNorm, RMSNorm
 from helpers import SMALL, make_batch
 
 # without a GPU triton's interpreter runs the kernels, see conftest.py
@@ -20,31 +20,30 @@ pytest.importorskip("triton")
 triton_linear = importlib.import_module("escaip_fairchem.kernels.triton_linear")
 operators = importlib.import_module("escaip_fairchem.kernels.triton_linear_ops")
 
-# rows, sizes of the parts, outputs, GELU, norm, bias and residual
+# rows, inputs, outputs, GELU, norm, bias and residual
 CASES = [
-    pytest.param(70, (37,), 67, False, True, True, id="norm"),
-    pytest.param(1, (64,), 16, True, False, True, id="gelu"),
-    pytest.param(131, (130,), 3, True, True, False, id="gelu-norm"),
-    pytest.param(9, (40, 17, 70), 65, True, True, True, id="three-parts"),
-    pytest.param(65, (33, 1), 20, False, False, False, id="two-plain-parts"),
-    pytest.param(5, (8,), 4, False, False, True, id="plain"),
+    pytest.param(70, 37, 67, False, True, True, id="norm"),
+    pytest.param(1, 64, 16, True, False, True, id="gelu"),
+    pytest.param(131, 130, 3, True, True, False, id="gelu-norm"),
+    pytest.param(65, 33, 20, False, False, False, id="plain"),
+    pytest.param(5, 8, 4, False, False, True, id="bias-and-residual"),
 ]
 
 
 class Problem:
     """Random inputs; rows of very different sizes, as a norm meets them."""
 
-    def __init__(self, rows, sizes, outputs, gelu, norm, more):
+    def __init__(self, rows, size, outputs, gelu, norm, more):
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape):
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
         scale = torch.logspace(-2, 1, rows, dtype=torch.float64, device=DEVICE)[:, None]
-        self.values = {f"x{i}": normal(rows, k) * scale for i, k in enumerate(sizes)}
-        self.values["weight"] = normal(outputs, sum(sizes)) / sum(sizes) ** 0.5
+        self.values = {"x": normal(rows, size) * scale}
+        self.values["weight"] = normal(outputs, size) / size**0.5
         if norm:
-            self.values["norm"] = 1 + 0.3 * normal(sizes[0])
+            self.values["norm"] = 1 + 0.3 * normal(size)
         if more:
             self.values |= {"bias": normal(outputs), "residual": normal(rows, outputs)}
         self.gelu = gelu
@@ -53,16 +52,16 @@ class Problem:
     def leaves(self, dtype):
         return {n: x.to(dtype).detach().requires_grad_() for n, x in self.values.items()}
 
-    def plain(self, weight, norm=None, bias=None, residual=None, **parts):
-        given = [F.gelu(x) if self.gelu else x for x in parts.values()]
+    def plain(self, x, weight, norm=None, bias=None, residual=None):
+        x = F.gelu(x) if self.gelu else x
         if norm is not None:
-            given[0] = F.rms_norm(given[0], norm.shape, norm, torch.finfo(torch.float32).eps)
-        out = F.linear(torch.cat(given, dim=1), weight, bias)
+            x = F.rms_norm(x, norm.shape, norm, torch.finfo(torch.float32).eps)
+        out = F.linear(x, weight, bias)
         return out if residual is None else residual + out
 
-    def fused(self, weight, norm=None, bias=None, residual=None, **parts):
+    def fused(self, x, weight, norm=None, bias=None, residual=None):
         options = {"gelu": self.gelu, "norm": norm, "residual": residual}
-        return triton_linear.norm_linear(list(parts.values()), weight, bias, **options)
+        return triton_linear.norm_linear(x, weight, bias, **options)
 
     def derivatives(self, function, leaves, *, second=True):
         """Output, gradients of all inputs, and those of their products with cotangents."""
@@ -89,9 +88,9 @@ def errors(result, expected, order=torch.inf):
     return {n: float(size(result[n] - x) / size(x).clamp(min=1e-12)) for n, x in expected.items()}
 
 
-@pytest.mark.parametrize("rows, sizes, outputs, gelu, norm, more", CASES)
-def test_derivatives_equal_plain_ones(rows, sizes, outputs, gelu, norm, more):
-    problem = Problem(rows, sizes, outputs, gelu, norm, more)
+@pytest.mark.parametrize("rows, size, outputs, gelu, norm, more", CASES)
+def test_derivatives_equal_plain_ones(rows, size, outputs, gelu, norm, more):
+    problem = Problem(rows, size, outputs, gelu, norm, more)
     expected = problem.derivatives(problem.plain, problem.leaves(torch.float64))
     result = problem.derivatives(problem.fused, problem.leaves(torch.float32))
     found = errors(result, expected)
@@ -104,7 +103,7 @@ def test_derivatives_equal_plain_ones(rows, sizes, outputs, gelu, norm, more):
 
 @pytest.mark.parametrize("tile", [(128, 256, 64), (64, 64, 32), (128, 128, 32)])
 def test_tiles_of_a_gpu(tile, monkeypatch):
-    problem = Problem(150, (70,), 300, True, True, True)
+    problem = Problem(150, 70, 300, True, True, True)
     expected = problem.plain(**problem.leaves(torch.float64))
     monkeypatch.setattr(operators, "_tile", lambda *args, **options: (*tile, 8, 3))
     result = problem.fused(**problem.leaves(torch.float32))
@@ -115,7 +114,7 @@ def test_tiles_of_a_gpu(tile, monkeypatch):
 @pytest.mark.parametrize("gelu", [False, True])
 def test_half_precision_is_as_exact_as_the_plain_form(dtype, gelu):
     """Norm weights folded into W are rounded with it, instead of with the input."""
-    problem = Problem(200, (96,), 80, gelu, True, True)
+    problem = Problem(200, 96, 80, gelu, True, True)
     expected = problem.derivatives(problem.plain, problem.leaves(torch.float64), second=False)
     found = []
     for function in (problem.fused, problem.plain):
@@ -130,17 +129,17 @@ def test_half_precision_is_as_exact_as_the_plain_form(dtype, gelu):
 def test_normal_distribution_in_the_tails():
     x = torch.cat([torch.linspace(-40, 40, 4001), torch.tensor([-1e10, 1e10, torch.inf])])
     weight = torch.ones(1, 1)
-    found = triton_linear.norm_linear([x[:, None].to(DEVICE)], weight.to(DEVICE), gelu=True)[:, 0]
+    found = triton_linear.norm_linear(x[:, None].to(DEVICE), weight.to(DEVICE), gelu=True)[:, 0]
     expected = F.gelu(x.double())
     torch.testing.assert_close(found.cpu().double(), expected, rtol=2e-7, atol=5e-7)
 
 
 def test_no_rows_and_leading_axes():
     x, weight = torch.randn(0, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
-    triton_linear.norm_linear([x], weight, norm=torch.ones(8)).sum().backward()
+    triton_linear.norm_linear(x, weight, norm=torch.ones(8)).sum().backward()
     assert x.grad.shape == (0, 8)
     assert float(weight.grad.abs().max()) == 0
-    assert triton_linear.norm_linear([torch.randn(2, 3, 8)], weight).shape == (2, 3, 4)
+    assert triton_linear.norm_linear(torch.randn(2, 3, 8), weight).shape == (2, 3, 4)
 
 
 class Calls(TorchDispatchMode):
@@ -158,16 +157,16 @@ class Calls(TorchDispatchMode):
 
 def test_forces_spare_the_gradients_of_the_weights():
     """As they differentiate by positions alone."""
-    problem = Problem(6, (8,), 4, True, True, True)
+    problem = Problem(6, 8, 4, True, True, True)
     leaves = problem.leaves(torch.float32)
     out = problem.fused(**leaves)
     assert torch.autograd.grad(out.sum(), leaves["bias"])[0].tolist() == [6] * 4
-    for wanted in (["x0"], ["x0", "norm"]):
+    for wanted in (["x"], ["x", "norm"], ["x", "weight"]):
         with Calls() as calls:
             out = problem.fused(**leaves)
             torch.autograd.grad(out.square().sum(), [leaves[name] for name in wanted])
         assert [name for name, _ in calls.seen] == ["norm_linear", "norm_linear_backward"]
-        assert calls.seen[1][1][-1] is ("norm" in wanted)
+        assert calls.seen[1][1][-1] is (len(wanted) > 1)
 
 
 def kept(function) -> list[torch.Tensor]:
@@ -178,54 +177,16 @@ def kept(function) -> list[torch.Tensor]:
 
 
 def test_backward_keeps_what_cannot_be_given_again():
-    problem = Problem(50, (8,), 4, True, True, True)
+    problem = Problem(50, 8, 4, True, True, True)
     leaves = problem.leaves(torch.float32)
     found = kept(lambda: problem.fused(**leaves))
     rows = [t for t in found if len(t) == 50]
-    assert {t.data_ptr() for t in rows if t.dim() == 2} == {leaves["x0"].data_ptr()}
+    assert {t.data_ptr() for t in rows if t.dim() == 2} == {leaves["x"].data_ptr()}
     assert [t.shape for t in rows if t.dim() == 1] == [(50,)]  # 1 / rms
 
 
-def gathered(recompute: bool):
-    """A prologue that gathers, its inputs, and `triton_linear` or the plain form of them."""
-    torch.manual_seed(0)
-    rows = torch.randint(7, (40,))
-    norm = RMSNorm(6)
-    prologue = Prologue(F.gelu, norm=norm, gather=lambda a, b: (a.index_select(0, rows), b))
-    leaves = [torch.randn(7, 6), torch.randn(40, 5), torch.rand(6), torch.randn(9, 11)]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-
-    def run(function, *, plain=()):
-        *inputs, weight = leaves
-        return function(*plain, weight, None, prologue, *inputs, recompute=recompute)
-
-    return leaves, run
-
-
-@pytest.mark.parametrize("recompute", [True, False])
-def test_gathered_parts(recompute):
-    leaves, run = gathered(recompute)
-    results = []
-    for function, plain in (
-        (triton_linear.triton_linear, (prologue_linear,)),
-        (prologue_linear, ()),
-    ):
-        out = run(function, plain=plain)
-        once = torch.autograd.grad(out.sin().sum(), leaves)
-        first = torch.autograd.grad(
-            run(function, plain=plain).sin().sum(), leaves, create_graph=True
-        )
-        second = torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)
-        results.append([out, *once, *first, *second])
-    found = errors(*(dict(enumerate(result)) for result in results))
-    assert max(found.values()) < 1e-5, found
-    found = kept(lambda: run(triton_linear.triton_linear, plain=(prologue_linear,)))
-    gathers = [t for t in found if t.shape == (40, 6)]
-    assert bool(gathers) is not recompute
-
-
 def test_operators_pass_the_checks_of_torch():
-    problem = Problem(5, (8, 6), 4, True, True, True)
+    problem = Problem(5, 8, 4, True, True, True)
     with Calls() as calls:
         problem.derivatives(problem.fused, problem.leaves(torch.float32), second=False)
     assert len(calls.seen) == 2
@@ -235,7 +196,7 @@ def test_operators_pass_the_checks_of_torch():
 
 
 def test_compiles_to_one_graph():
-    problem = Problem(6, (8, 4), 5, True, True, True)
+    problem = Problem(6, 8, 5, True, True, True)
     function = torch.compile(problem.fused, backend="aot_eager", fullgraph=True, dynamic=True)
     results = []
     for run in (function, problem.plain):

@@ -77,34 +77,22 @@ class Prologue:
     """What the input of a linear map goes through first, cheap enough to be done again.
 
     Attributes:
-        activation: Of the input, or of every part of a concatenation.
+        activation: First.
         dropout: After the activation.
-        norm: Of the input, or of the first part. Its parameters are the last inputs.
-        gather: Gives the parts from the other inputs, which are the parts without it.
+        norm: Last. Its parameters are further inputs.
     """
 
     activation: Callable[[Tensor], Tensor] | None = None
     dropout: nn.Dropout | None = None
     norm: nn.Module | None = None
-    gather: Callable[..., Sequence[Tensor]] | None = None
 
-    def split(self, inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The inputs without the norm's parameters, and these."""
-        count = 0 if self.norm is None else len(list(self.norm.parameters()))
-        return inputs[: len(inputs) - count], inputs[len(inputs) - count :]
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The parts of the linear map's input."""
-        given, norm = self.split(inputs)
-        parts = list(given if self.gather is None else self.gather(*given))
-        for index in range(len(parts)):  # in place: what is done with is freed
-            if self.activation is not None:
-                parts[index] = self.activation(parts[index])
-            if self.dropout is not None:
-                parts[index] = self.dropout(parts[index])
-        if self.norm is not None:
-            parts[0] = self.norm(parts[0], *norm)
-        return tuple(parts)
+    def __call__(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        """[..., size] -> [..., size], with `parameters` in place of the norm's own."""
+        if self.activation is not None:
+            x = self.activation(x)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        return x if self.norm is None else self.norm(x, *parameters)
 
 
 def prologue_linear(

@@ -1,9 +1,8 @@
 """Triton kernels of linear maps whose input is activated and normed in registers.
 
-y = sum_i scale_i f_i(x_i) W_i^T + b + residual: x_i the parts of a concatenation that is never
-formed, f_i GELU or nothing, scale_0 = 1 / rms(f_0(x_0)) where the first part is normed (its
-norm's weights are in W_0), every other scale 1. Shapes: M rows, part i of SIZE_i columns,
-K = sum of SIZE_i, N outputs. Columns are adjacent, `x_row` and so on are strides of rows.
+y = scale f(x) W^T + b + residual: f GELU or nothing, scale = 1 / rms(f(x)) where the input is
+normed (the norm's weights are in W), else 1. Shapes: M rows, K inputs, N outputs. Columns are
+adjacent, `x_row` and so on are strides of rows.
 """
 
 from __future__ import annotations
@@ -44,54 +43,6 @@ def normal_cdf(x):
 
 
 @triton.jit
-def _add_part(
-    acc,
-    square,
-    x,
-    x_row,
-    weight,
-    row,
-    weight_at,
-    SIZE: tl.constexpr,
-    GELU: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Sums, acc + f(x) W^T and, with NORM, square + row sums of f(x)^2."""
-    LOW: tl.constexpr = weight.dtype.element_ty
-    inner = tl.arange(0, BLOCK_K)
-    x_at = x + row[:, None] * x_row + inner[None, :]
-    w_at = weight + weight_at[None, :] + inner[:, None]
-    for first in range(0, SIZE, BLOCK_K):
-        if SIZE % BLOCK_K == 0:
-            tile, w = tl.load(x_at), tl.load(w_at)
-        else:
-            inside = inner < SIZE - first
-            tile = tl.load(x_at, mask=inside[None, :], other=0.0)
-            w = tl.load(w_at, mask=inside[:, None], other=0.0)
-        tile = tile.to(tl.float32)
-        if GELU:
-            tile = tile * normal_cdf(tile)
-        if NORM:
-            square += tl.sum(tile * tile, 1)
-        tile = cast(tile, LOW)
-        if GELU and NORM and not INTERPRETED:
-            # a barrier: the compiler would do GELU twice, as the sums and as the product want it
-            PACK: tl.constexpr = 32 // LOW.primitive_bitwidth
-            tile = tl.inline_asm_elementwise(
-                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=PACK
-            )
-        if INTERPRETED and LOW.is_bf16():
-            # the interpreter would multiply the bit patterns
-            tile, w = tile.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(tile, w, acc, input_precision=PRECISION)
-        x_at += BLOCK_K
-        w_at += BLOCK_K
-    return acc, square
-
-
-@triton.jit
 def _finish(
     acc,
     row,
@@ -119,12 +70,8 @@ def _finish(
 
 @triton.jit
 def norm_linear_kernel(
-    x0,
-    x1,
-    x2,
-    x0_row,
-    x1_row,
-    x2_row,
+    x,
+    x_row,
     weight,
     bias,
     residual,
@@ -134,7 +81,7 @@ def norm_linear_kernel(
     M,
     N,
     EPS: tl.constexpr,
-    SIZES: tl.constexpr,
+    K: tl.constexpr,
     GELU: tl.constexpr,
     NORM: tl.constexpr,
     BIAS: tl.constexpr,
@@ -145,8 +92,8 @@ def norm_linear_kernel(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """y, [M, N], and with NORM scale_0, [M]."""
-    K: tl.constexpr = SIZES[0] + SIZES[1] + SIZES[2]
+    """y, [M, N], and with NORM scale, [M]."""
+    LOW: tl.constexpr = weight.dtype.element_ty
     # programs that run together share rows of x and of W in the L2 cache
     row_blocks, column_blocks = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (GROUP * column_blocks)
@@ -156,40 +103,53 @@ def norm_linear_kernel(
     column = rank // height * BLOCK_N + tl.arange(0, BLOCK_N)
     # rows and columns beyond the end repeat the last one and are not stored
     read_row = tl.minimum(row, M - 1).to(tl.int64)
-    weight_at = tl.minimum(column, N - 1) * K
+    inner = tl.arange(0, BLOCK_K)
+    x_at = x + read_row[:, None] * x_row + inner[None, :]
+    w_at = weight + (tl.minimum(column, N - 1) * K)[None, :] + inner[:, None]
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     square = tl.zeros([BLOCK_M], tl.float32)
-    acc, square = _add_part(
-        acc, square, x0, x0_row, weight, read_row, weight_at,
-        SIZES[0], GELU, NORM, BLOCK_K, PRECISION,
-    )  # fmt: skip
+    for first in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            tile, w = tl.load(x_at), tl.load(w_at)
+        else:
+            inside = inner < K - first
+            tile = tl.load(x_at, mask=inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+        tile = tile.to(tl.float32)
+        if GELU:
+            tile = tile * normal_cdf(tile)
+        if NORM:
+            square += tl.sum(tile * tile, 1)
+        tile = cast(tile, LOW)
+        if GELU and NORM and not INTERPRETED:
+            # a barrier: the compiler would do GELU twice, as the sums and as the product want it
+            PACK: tl.constexpr = 32 // LOW.primitive_bitwidth
+            tile = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False, pack=PACK
+            )
+        if INTERPRETED and LOW.is_bf16():
+            # the interpreter would multiply the bit patterns
+            tile, w = tile.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(tile, w, acc, input_precision=PRECISION)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
     if NORM:
-        scale = tl.rsqrt(square / SIZES[0] + EPS)
+        scale = tl.rsqrt(square / K + EPS)
         acc *= scale[:, None]
         if rank // height == 0:
             tl.store(rstd + row, scale, mask=row < M)
-    if SIZES[1] > 0:
-        acc, square = _add_part(
-            acc, square, x1, x1_row, weight + SIZES[0], read_row, weight_at,
-            SIZES[1], GELU, False, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    if SIZES[2] > 0:
-        acc, square = _add_part(
-            acc, square, x2, x2_row, weight + SIZES[0] + SIZES[1], read_row, weight_at,
-            SIZES[2], GELU, False, BLOCK_K, PRECISION,
-        )  # fmt: skip
 
-    first = rank // height * BLOCK_N
+    begin = rank // height * BLOCK_N
     row = row.to(tl.int64)
     if RESIDUAL and BLOCK_N >= 256:
         # half by half: both at once overflow the registers
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, BLOCK_M, 2, HALF), 0, 2, 1))
-        _finish(left, row, first, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
-        _finish(right, row, first + HALF, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
+        _finish(left, row, begin, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
+        _finish(right, row, begin + HALF, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
     else:
-        _finish(acc, row, first, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
+        _finish(acc, row, begin, bias, residual, residual_row, out, M, N, BIAS, RESIDUAL)
 
 
 @triton.jit
@@ -201,22 +161,21 @@ def norm_linear_backward_kernel(
     z,
     u_row,
     x_row,
-    z_row,
     M,
-    SIZE: tl.constexpr,
+    K: tl.constexpr,
     GELU: tl.constexpr,
     NORM: tl.constexpr,
     Z: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elementwise part of the gradient, one part of the concatenation, with its row sums.
+    """Elementwise part of the gradient, with its row sums.
 
-    From u = (dL/dy) W, [M, SIZE], dL/dx; with Z also what W was multiplied by, z = scale f(x).
+    From u = (dL/dy) W, [M, K], dL/dx; with Z also what W was multiplied by, z = scale f(x).
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = (row < M)[:, None] & (column < SIZE)[None, :]
+    inside = (row < M)[:, None] & (column < K)[None, :]
     value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0)
     value = value.to(tl.float32)
     if GELU:
@@ -227,14 +186,14 @@ def norm_linear_backward_kernel(
         scale = tl.load(rstd + row, mask=row < M, other=0.0)[:, None]
         value *= scale
     if Z:
-        at = z + row[:, None] * z_row + column[None, :]
+        at = z + row[:, None] * K + column[None, :]
         tl.store(at, cast(value, z.dtype.element_ty), mask=inside)
     d = tl.load(u + row[:, None] * u_row + column[None, :], mask=inside, other=0.0)
     d = d.to(tl.float32)
     if NORM:
-        mean = tl.sum(d * value, 1) / SIZE
+        mean = tl.sum(d * value, 1) / K
         d = scale * (d - value * mean[:, None])
     if GELU:
         d *= slope
-    at = d_x + row[:, None] * SIZE + column[None, :]
+    at = d_x + row[:, None] * K + column[None, :]
     tl.store(at, cast(d, d_x.dtype.element_ty), mask=inside)

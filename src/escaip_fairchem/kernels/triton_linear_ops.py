@@ -10,47 +10,39 @@ Shapes: M rows, K input and N output channels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from escaip_fairchem.kernels.again import asked_for
 from escaip_fairchem.kernels.triton_linear_kernels import (
     norm_linear_backward_kernel,
     norm_linear_kernel,
 )
 from escaip_fairchem.kernels.triton_tiles import INTERPRETED
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-MAX_PARTS = 3
 EPS = torch.finfo(torch.float32).eps
 
 
 @torch.library.custom_op(
     "escaip_fairchem::norm_linear",
     mutates_args=(),
-    schema="(Tensor weight, Tensor? bias, Tensor? residual, Tensor[] parts, bool gelu, bool norm)"
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool gelu, bool norm)"
     " -> (Tensor, Tensor)",
 )
-def norm_linear_op(weight, bias, residual, parts, gelu, norm):
+def norm_linear_op(x, weight, bias, residual, gelu, norm):
     """`norm_linear` of rows, [M, N], with the norm's weights in `weight`; and 1 / rms, [M]."""
-    out, rstd = _outputs(weight, residual, parts, norm)
+    out, rstd = _outputs(x, weight, residual, norm)
     if not out.numel():
         return out, rstd
-    parts, weight = [_adjacent(part) for part in parts], weight.contiguous()
-    light = len(parts) == 1 and parts[0].element_size() == 2
-    sizes = [part.shape[1] for part in parts] + [0] * (MAX_PARTS - len(parts))
-    parts = parts + parts[:1] * (MAX_PARTS - len(parts))
+    x, weight = _adjacent(x), weight.contiguous()
     residual_rows = out if residual is None else _adjacent(residual)
-    m, n, k, warps, stages = _tile(*out.shape, weight, light=light)
+    m, n, k, warps, stages = _tile(*out.shape, weight, light=x.element_size() == 2)
     with torch.cuda.device_of(weight):
         norm_linear_kernel[(triton.cdiv(len(out), m) * triton.cdiv(out.shape[1], n),)](
-            *parts,
-            *(part.stride(0) for part in parts),
+            x,
+            x.stride(0),
             weight,
             weight if bias is None else bias,
             residual_rows,
@@ -59,7 +51,7 @@ def norm_linear_op(weight, bias, residual, parts, gelu, norm):
             rstd,
             *out.shape,
             EPS=EPS,
-            SIZES=tuple(sizes),
+            K=x.shape[1],
             GELU=gelu,
             NORM=norm,
             BIAS=bias is not None,
@@ -78,139 +70,113 @@ def norm_linear_op(weight, bias, residual, parts, gelu, norm):
 @torch.library.custom_op(
     "escaip_fairchem::norm_linear_backward",
     mutates_args=(),
-    schema="(Tensor u, Tensor rstd, Tensor[] parts, bool gelu, bool norm, bool for_weight)"
-    " -> (Tensor[], Tensor)",
+    schema="(Tensor u, Tensor rstd, Tensor x, bool gelu, bool norm, bool for_weight)"
+    " -> (Tensor, Tensor)",
 )
-def backward_op(u, rstd, parts, gelu, norm, for_weight):
-    """Gradients of the parts from that of the product's input, u = dL/dy W, [M, K].
+def backward_op(u, rstd, x, gelu, norm, for_weight):
+    """Gradient of x from that of the product's input, u = dL/dy W, [M, K].
 
     `for_weight`: also the product's input, [M, K] in the type of u, else [0].
     """
-    u = _adjacent(u)
-    grads = [part.new_empty(part.shape) for part in parts]
-    z = _input_like(u, for_weight)
-    first = 0
-    rows_of = [_adjacent(part) for part in parts]
-    for index, (part, grad) in enumerate(zip(rows_of, grads, strict=True)):
-        rows, size = part.shape
-        if not rows:
-            break
-        block = triton.next_power_of_2(size)
-        height = max(1, 2048 // block)
-        with torch.cuda.device_of(u):
-            norm_linear_backward_kernel[(triton.cdiv(rows, height),)](
-                u[:, first:],
-                part,
-                rstd,
-                grad,
-                z[:, first:] if for_weight else z,
-                u.stride(0),
-                part.stride(0),
-                u.shape[1],
-                rows,
-                SIZE=size,
-                GELU=gelu,
-                NORM=norm and index == 0,
-                Z=for_weight,
-                ROWS=height,
-                BLOCK=block,
-                num_warps=4 if block <= 2048 else 8,
-            )
-        first += size
-    return grads, z
+    d_x, z = _gradients_like(u, x, for_weight)
+    if not len(x):
+        return d_x, z
+    u, x = _adjacent(u), _adjacent(x)
+    rows, size = x.shape
+    block = triton.next_power_of_2(size)
+    height = max(1, 2048 // block)
+    with torch.cuda.device_of(u):
+        norm_linear_backward_kernel[(triton.cdiv(rows, height),)](
+            u,
+            x,
+            rstd,
+            d_x,
+            z,
+            u.stride(0),
+            x.stride(0),
+            rows,
+            K=size,
+            GELU=gelu,
+            NORM=norm,
+            Z=for_weight,
+            ROWS=height,
+            BLOCK=block,
+            num_warps=4 if block <= 2048 else 8,
+        )
+    return d_x, z
 
 
-def _outputs(weight: Tensor, residual: Tensor | None, parts: Sequence[Tensor], norm: bool):
+def _outputs(x: Tensor, weight: Tensor, residual: Tensor | None, norm: bool):
     dtype = weight.dtype
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
-    rows = parts[0].shape[0]
+    rows = x.shape[0]
     out = weight.new_empty(rows, weight.shape[0], dtype=dtype)
     return out, weight.new_empty(rows if norm else 0, dtype=torch.float32)
 
 
-def _input_like(u: Tensor, wanted: bool) -> Tensor:
-    return u.new_empty(u.shape) if wanted else u.new_empty(0, 0)
+def _gradients_like(u: Tensor, x: Tensor, for_weight: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), u.new_empty(u.shape if for_weight else (0, 0))
 
 
 @norm_linear_op.register_fake
-def _(weight, bias, residual, parts, gelu, norm):
-    return _outputs(weight, residual, parts, norm)
+def _(x, weight, _bias, residual, _gelu, norm):
+    return _outputs(x, weight, residual, norm)
 
 
 @backward_op.register_fake
-def _(u, rstd, parts, gelu, norm, for_weight):
-    return [part.new_empty(part.shape) for part in parts], _input_like(u, for_weight)
+def _(u, _rstd, x, _gelu, _norm, for_weight):
+    return _gradients_like(u, x, for_weight)
 
 
 def _setup(ctx, inputs, output) -> None:
-    weight, bias, residual, parts, ctx.gelu, ctx.norm = inputs
+    x, weight, bias, residual, ctx.gelu, ctx.norm = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, output[1], *parts)
+    ctx.save_for_backward(x, weight, output[1])
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _backward(ctx, grad, _):
-    weight, rstd, *parts = ctx.saved_tensors
-    found = gradients(
-        grad.to(weight.dtype), weight, rstd, parts, ctx.gelu, ctx.norm, for_weight=asked(ctx)
+    x, weight, rstd = ctx.saved_tensors
+    d_bias = d_residual = None
+    if ctx.bias_dtype is not None and asked_for(ctx, 2):
+        d_bias = grad.sum(0, dtype=ctx.bias_dtype)
+    if ctx.residual_dtype is not None:
+        d_residual = grad.to(ctx.residual_dtype)
+    d_x, d_weight = _gradients(
+        grad.to(weight.dtype), x, weight, rstd, ctx.gelu, ctx.norm, for_weight=asked_for(ctx, 1)
     )
-    d_bias = bias_gradient(ctx, grad)
-    d_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
-    return found[0], d_bias, d_residual, found[1], None, None
+    return d_x, d_weight, d_bias, d_residual, None, None
 
 
 norm_linear_op.register_autograd(_backward, setup_context=_setup)
 
 
-def asked(ctx, index: int = 0) -> bool:
-    """Whether this backward pass wants the gradient of the first (weight) or second (bias) tensor.
-
-    Forces differentiate by positions alone. `ctx.needs_input_grad` does not know, and a third
-    of the backward pass would go to gradients of weights that nobody reads. The engine does not
-    say it of leaves, therefore `norm_linear` gives none.
-    """
-    node = ctx.next_functions[index][0]
-    return node is not None and torch._C._will_engine_execute_node(node)
-
-
-def bias_gradient(ctx, grad: Tensor) -> Tensor | None:
-    """Gradient of the bias, of type `ctx.bias_dtype` (None without a bias), if it is wanted."""
-    if ctx.bias_dtype is None or not asked(ctx, 1):
-        return None
-    return grad.sum(0, dtype=ctx.bias_dtype)
-
-
-def gradients(grad, weight, rstd, parts, gelu, norm, *, for_weight):
-    """Gradients of weight (or None) and parts, from that of the output in weight's type."""
+def _gradients(grad, x, weight, rstd, gelu, norm, *, for_weight):
+    """Gradients of x and weight (or None), from that of the output in weight's type."""
     u = grad @ weight
     if torch.is_grad_enabled():  # a second derivative will be asked for
         with torch.autocast(weight.device.type, enabled=False):
-            inputs = _prologue(parts, gelu, norm, weight.dtype)
-        wanted = [index for index, part in enumerate(parts) if part.requires_grad]
-        grads: list[Tensor | None] = [None] * len(parts)
-        shares = u.split([part.shape[1] for part in parts], dim=1)
-        for index in wanted:
-            (grads[index],) = torch.autograd.grad(
-                inputs[index], parts[index], shares[index], create_graph=True
-            )
-        z = torch.cat(inputs, dim=1) if for_weight else None
-    elif gelu or norm or len(parts) > 1:
-        grads, z = backward_op(u, rstd, parts, gelu, norm, for_weight)
+            z = _prologue(x, gelu, norm, weight.dtype)
+        d_x = None
+        if x.requires_grad:
+            (d_x,) = torch.autograd.grad(z, x, u, create_graph=True)
+    elif gelu or norm:
+        d_x, z = backward_op(u, rstd, x, gelu, norm, for_weight)
     else:
-        grads, z = [u.to(parts[0].dtype)], parts[0].to(weight.dtype)
-    return grad.t() @ z if for_weight else None, grads
+        d_x, z = u.to(x.dtype), x.to(weight.dtype)
+    return d_x, grad.t() @ z if for_weight else None
 
 
-def _prologue(parts, gelu: bool, norm: bool, dtype: torch.dtype) -> list[Tensor]:
-    """Inputs of the product, by differentiable operations."""
-    wide = [part.float() for part in parts]
-    wide = [F.gelu(part) for part in wide] if gelu else wide
+def _prologue(x: Tensor, gelu: bool, norm: bool, dtype: torch.dtype) -> Tensor:
+    """Input of the product, by differentiable operations."""
+    x = x.float()
+    x = F.gelu(x) if gelu else x
     if norm:
-        wide[0] = wide[0] * torch.rsqrt(wide[0].square().mean(1, keepdim=True) + EPS)
-    return [part.to(dtype) for part in wide]
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS)
+    return x.to(dtype)
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -234,7 +200,7 @@ def _tile(
         rows: M.
         columns: N.
         weight: W.
-        light: Whether x is one part in half precision.
+        light: Whether x is in half precision.
     """
     if INTERPRETED.value:
         return 64, 64, 64, 4, 1
