@@ -83,7 +83,7 @@ def errors(result, expected, order=torch.inf):
     """Norm of the deviation of each array, relative to its own; of the largest elements."""
 
     def size(x):
-        return torch.linalg.vector_norm(x.double(), order)
+        return torch.linalg.vector_norm(x.detach().double(), order)
 
     return {n: float(size(result[n] - x) / size(x).clamp(min=1e-12)) for n, x in expected.items()}
 
