@@ -102,6 +102,19 @@ def test_many_lengths_in_pieces(monkeypatch):
     torch.testing.assert_close(torch.cat(parts), problem.plain(*values))
 
 
+def test_derivatives_by_lengths_spare_those_of_the_weights():
+    problem = Distances(20, 33, 5)
+    leaves = {name: leaf(x, torch.float64) for name, x in problem.values.items()}
+    for wanted in (["lengths"], ["lengths", "weight"]):
+        with Calls() as calls:
+            out, inputs = problem.fused(**leaves), [leaves[name] for name in wanted]
+            slope, *_ = torch.autograd.grad(out.sin().sum(), inputs, create_graph=True)
+            torch.autograd.grad(slope.sin().sum(), inputs)
+        weighed = [name for name, _ in calls.seen].count("gaussian_weigh")
+        # the second derivative by the weight has two terms
+        assert weighed == (0 if wanted == ["lengths"] else 3)
+
+
 def test_distances_are_exact_under_autocast():
     problem = Distances(50, 90, 16)
     values = [leaf(x, torch.float32) for x in problem.values.values()]

@@ -138,8 +138,8 @@ def asked_for(ctx, index: int, others: int = 0) -> bool:
     forces are derived from an energy, where their gradients would be thrown away.
 
     Args:
-        ctx: Of an `autograd.Function`.
-        index: Of the input among its tensors.
+        ctx: Of an `autograd.Function` or a custom operator.
+        index: Of the input among its tensors, without those that are None.
         others: Arguments before them that are no tensors.
     """
     if not ctx.needs_input_grad[index + others]:

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from escaip_fairchem.kernels.again import asked_for
 from escaip_fairchem.kernels.triton_radial import expand_kernel, weigh_kernel
 
 _ROWS, _OUTPUTS, _COLUMNS = 64, 64, 16  # tile of expand and contract
@@ -160,8 +161,8 @@ def _differentiate_expand(ctx, grad):
     basis, slope = _bases(ctx)
     wanted = ctx.needs_input_grad
     return (
-        weigh_op(grad, *basis) if wanted[0] else None,
-        grad.sum(0) if wanted[1] else None,
+        weigh_op(grad, *basis) if asked_for(ctx, 0) else None,
+        grad.sum(0) if wanted[1] and asked_for(ctx, 1) else None,
         contract_op(grad, weight, *slope) if wanted[2] else None,
         *_NO_BASIS,
     )
@@ -173,7 +174,7 @@ def _differentiate_contract(ctx, v):
     wanted = ctx.needs_input_grad
     return (
         v[:, None] * expand_op(weight, None, *basis) if wanted[0] else None,
-        weigh_op(v[:, None] * grad, *basis) if wanted[1] else None,
+        weigh_op(v[:, None] * grad, *basis) if asked_for(ctx, 1) else None,
         v * contract_op(grad, weight, *slope) if wanted[2] else None,
         *_NO_BASIS,
     )
