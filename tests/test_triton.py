@@ -8,13 +8,11 @@ import sys
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from escaip_fairchem.kernels import AttentionGeometry, neighbor_attention
+from kernel_helpers import DEVICE, Calls, derivatives, errors
 
-# without a GPU triton's interpreter runs the kernels, see conftest.py
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 triton_attention = importlib.import_module("escaip_fairchem.kernels.triton_attention")
 
@@ -97,30 +95,7 @@ class Problem:
         )
 
     def derivatives(self, function, leaves):
-        """Output, gradients of all inputs, and those of their products with cotangents."""
-        out = function(**leaves)
-        upstream = self.cotangents[0].to(out.dtype).requires_grad_()
-        inputs = list(leaves.values())
-        first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-        second = torch.autograd.grad(
-            first,
-            [*inputs, upstream],
-            [c.to(g.dtype) for c, g in zip(self.cotangents[1:], first, strict=True)],
-        )
-        names = list(leaves)
-        return {
-            "out": out.detach(),
-            **{f"d {n}": g.detach() for n, g in zip(names, first, strict=True)},
-            **{f"dd {n}": g for n, g in zip([*names, "upstream"], second, strict=True)},
-        }
-
-
-def errors(result, expected):
-    """Largest deviation of each array, relative to its largest element."""
-    return {
-        name: float((result[name] - x).abs().max() / x.abs().max().clamp(min=1e-12))
-        for name, x in expected.items()
-    }
+        return derivatives(function, leaves, self.cotangents)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -167,19 +142,6 @@ def test_packed_and_strided_inputs():
     for function in (packed, views):
         found = errors(problem.derivatives(function, leaves), expected)
         assert max(found.values()) < 1e-12, found
-
-
-class Calls(TorchDispatchMode):
-    """Records the package's operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "escaip_fairchem":
-            self.seen.append((func.name().partition("::")[2], args))
-        return func(*args, **kwargs or {})
 
 
 def test_direct_models_spare_the_gradient_of_the_geometry():

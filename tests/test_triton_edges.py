@@ -13,28 +13,12 @@ from escaip_fairchem import EScAIP
 from escaip_fairchem.features import gaussian_basis
 from escaip_fairchem.kernels import SortedLengths, backends, edges, gather_gelu, order_by
 from helpers import SMALL, gas, make_batch, triclinic
-from test_triton import DEVICE, Calls, errors
+from kernel_helpers import DEVICE, Calls, derivatives, errors
 
 pytest.importorskip("triton")
 weigh_op = importlib.import_module("escaip_fairchem.kernels.triton_radial_ops").weigh_op
 
 CUTOFF, WIDTH = 6.0, 2.0
-
-
-def derivatives(function, leaves: dict, cotangents: list) -> dict:
-    """Output, gradients of all inputs, and gradients of their products with cotangents."""
-    out = function(**leaves)
-    upstream = cotangents[0].to(out.dtype).requires_grad_()
-    inputs, names = list(leaves.values()), list(leaves)
-    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-    products = [c.to(g.dtype) for c, g in zip(cotangents[1:], first, strict=True)]
-    ask = {"allow_unused": True, "materialize_grads": True}
-    second = torch.autograd.grad(first, [*inputs, upstream], products, **ask)
-    return {
-        "out": out.detach(),
-        **{f"d {n}": g.detach() for n, g in zip(names, first, strict=True)},
-        **{f"dd {n}": g for n, g in zip([*names, "upstream"], second, strict=True)},
-    }
 
 
 def leaf(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

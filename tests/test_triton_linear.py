@@ -8,14 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ase.build import molecule
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from escaip_fairchem import EScAIP
 from escaip_fairchem.layers import FeedForward, LayerNorm, RMSNorm
 from helpers import SMALL, make_batch
+from kernel_helpers import DEVICE, Calls, derivatives, errors
 
-# without a GPU triton's interpreter runs the kernels, see conftest.py
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 triton_linear = importlib.import_module("escaip_fairchem.kernels.triton_linear")
 operators = importlib.import_module("escaip_fairchem.kernels.triton_linear_ops")
@@ -63,29 +61,8 @@ class Problem:
         options = {"gelu": self.gelu, "norm": norm, "residual": residual}
         return triton_linear.norm_linear(x, weight, bias, **options)
 
-    def derivatives(self, function, leaves, *, second=True):
-        """Output, gradients of all inputs, and those of their products with cotangents."""
-        out = function(**leaves)
-        upstream = self.cotangents[0].to(out.dtype).requires_grad_()
-        inputs = list(leaves.values())
-        first = torch.autograd.grad(out, inputs, upstream, create_graph=second)
-        found = {"out": out, **{f"d {n}": g for n, g in zip(leaves, first, strict=True)}}
-        if second:
-            pairs = zip(self.cotangents[1:], first, strict=True)
-            mixed = sum((c.to(g.dtype) * g).sum() for c, g in pairs if g.requires_grad)
-            names, wanted = [*leaves, "upstream"], [*inputs, upstream]
-            grads = torch.autograd.grad(mixed, wanted, allow_unused=True, materialize_grads=True)
-            found |= {f"dd {n}": g for n, g in zip(names, grads, strict=True)}
-        return {name: x.detach() for name, x in found.items()}
-
-
-def errors(result, expected, order=torch.inf):
-    """Norm of the deviation of each array, relative to its own; of the largest elements."""
-
-    def size(x):
-        return torch.linalg.vector_norm(x.detach().double(), order)
-
-    return {n: float(size(result[n] - x) / size(x).clamp(min=1e-12)) for n, x in expected.items()}
+    def derivatives(self, function, leaves, **options):
+        return derivatives(function, leaves, self.cotangents, **options)
 
 
 @pytest.mark.parametrize("rows, size, outputs, gelu, norm, more", CASES)
@@ -140,19 +117,6 @@ def test_no_rows_and_leading_axes():
     assert x.grad.shape == (0, 8)
     assert float(weight.grad.abs().max()) == 0
     assert triton_linear.norm_linear(torch.randn(2, 3, 8), weight).shape == (2, 3, 4)
-
-
-class Calls(TorchDispatchMode):
-    """Records the package's operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "escaip_fairchem":
-            self.seen.append((func.name().partition("::")[2], args))
-        return func(*args, **kwargs or {})
 
 
 def test_forces_spare_the_gradients_of_the_weights():
