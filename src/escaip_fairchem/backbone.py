@@ -12,14 +12,10 @@ from fairchem.core.models.uma.escn_md import GradRegressConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from escaip_fairchem.blocks import (
-    BlockInputs,
-    EdgeAttributes,
-    InputBlock,
-    Readout,
-    TransformerBlock,
-)
+from escaip_fairchem.block_inputs import BlockInputs
+from escaip_fairchem.blocks import InputBlock, Readout, TransformerBlock
 from escaip_fairchem.config import EScAIPConfig
+from escaip_fairchem.edge_attributes import EdgeAttributes
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.features import RadialBasis, bond_orientational_order, force_projections
 from escaip_fairchem.graph import FAR, NeighborGraph, build_graph

@@ -1,218 +1,34 @@
-"""The layers of the backbone: edge attributes, neighbourhood attention, readouts.
+"""The layers of the backbone: input block, neighbourhood attention, readouts.
 
-Shapes: N atoms, E edges (packed), U distinct lengths, H hidden, A heads, D = H / A, L blocks.
+Shapes: N atoms, E edges (packed), H hidden, A heads, D = H / A, L blocks.
 All of it imports torch only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from escaip_fairchem.kernels import (
-    AttentionGeometry,
-    attention_backend,
-    banded_linear,
-    fused_edges,
-    gather_gelu,
-    linear,
-    linear_backend,
-)
+from escaip_fairchem.edge_attributes import EdgeAttributes
+from escaip_fairchem.kernels import attention_backend, gather_gelu, linear, linear_backend
 from escaip_fairchem.layers import (
     ACTIVATIONS,
     ConcatLinear,
     FeedForward,
     Prologue,
-    RMSNorm,
     StochasticDepth,
     prologue_linear,
 )
 
 if TYPE_CHECKING:
+    from escaip_fairchem.block_inputs import BlockInputs
     from escaip_fairchem.config import EScAIPConfig
-    from escaip_fairchem.features import RadialBasis
-    from escaip_fairchem.kernels import SortedLengths
-
-
-@dataclass
-class BlockInputs:
-    """What every block reads of a batch besides its hidden state.
-
-    Attributes:
-        species: Atomic numbers, [N].
-        boo: Bond-orientational order, [N, lmax + 1].
-        rbf: Radial basis of the distinct lengths.
-        senders: Neighbour of each edge, [E].
-        receivers: Atom of each edge, ascending, [E].
-        starts: First edge of each atom, [N].
-        counts: Edges of each atom, [N].
-        system_idx: Structure of each atom, [N].
-        attention: Geometry of the attention.
-        forces: `force_projections` of the forces that are an input, [E, 4]; None without.
-        first: Atom that `starts`, `counts` and `system_idx` begin with; not 0 in a chunk.
-        orders: `order_by` of the radial basis' rows and of the neighbours, for gradients of
-            fused edges; empty without.
-    """
-
-    species: Tensor
-    boo: Tensor
-    rbf: RadialBasis | SortedLengths
-    senders: Tensor
-    receivers: Tensor
-    starts: Tensor
-    counts: Tensor
-    system_idx: Tensor
-    attention: AttentionGeometry
-    forces: Tensor | None = None
-    first: int = 0
-    orders: tuple[Tensor, ...] = ()
-
-    @property
-    def index(self) -> list[Tensor]:
-        """What `gather_gelu` reads of a batch."""
-        edges = self.rbf.rows, self.senders, self.receivers
-        return [x.contiguous() for x in (*edges, self.starts, self.counts, *self.orders)]
-
-    def chunks(self, size: int) -> list[BlockInputs]:
-        """Consecutive groups of `size` atoms with their edges.
-
-        What belongs to all atoms (species, BOO, radial basis) and the numbers of atoms in
-        `senders` and `receivers` stay as they are.
-        """
-        total, chunks = len(self.counts), []
-        bounds = [*self.starts[::size].tolist(), len(self.receivers)]
-        for index, first in enumerate(range(0, total, size)):
-            atoms = slice(first, min(first + size, total))
-            edges = slice(bounds[index], bounds[index + 1])
-            part = replace(
-                self,
-                rbf=replace(self.rbf, rows=self.rbf.rows[edges]),
-                senders=self.senders[edges],
-                receivers=self.receivers[edges],
-                starts=self.starts[atoms] - edges.start,
-                counts=self.counts[atoms],
-                system_idx=self.system_idx[atoms],
-                attention=self.attention.chunk(atoms, edges),
-                forces=None if self.forces is None else self.forces[edges],
-                first=first,
-            )
-            chunks.append(part)
-        return chunks
-
 
 Norm = Callable[[], nn.Module]
-
-
-class EdgeAttributes(nn.Module):
-    """Edge attributes from distance, and species and BOO of both ends (paper, Figure 3).
-
-    None of it depends on the hidden state; species and BOO parts are computed per atom. For
-    denoising (`force_encoding`) forces on both ends are added where they are an input.
-    """
-
-    def __init__(self, config: EScAIPConfig) -> None:
-        super().__init__()
-        elements, boo_size = config.max_num_elements, config.boo_lmax + 1
-        self.source_species = nn.Embedding(elements, config.species_dim)
-        self.target_species = nn.Embedding(elements, config.species_dim)
-        self.source_boo = nn.Linear(boo_size, config.boo_dim)
-        self.target_boo = nn.Linear(boo_size, config.boo_dim)
-        self.distance = nn.Linear(config.rbf_size, config.rbf_dim)
-        sizes = (config.rbf_dim, *(config.boo_dim, config.species_dim) * 2)
-        self.output = ConcatLinear(sizes, config.hidden_size)
-        self.activation = ACTIVATIONS[config.activation]
-        self.dropout = nn.Dropout(config.mlp_dropout)
-        self.linear = linear_backend(prologue_linear)
-        self.recompute = config.recompute
-        self.fused = fused_edges(config.activation)
-        # without a bias, so that no forces are no input
-        self.forces = (
-            nn.Linear(4, config.hidden_size, bias=False) if config.force_encoding else None
-        )
-        nn.init.uniform_(self.source_species.weight, -0.001, 0.001)
-        nn.init.uniform_(self.target_species.weight, -0.001, 0.001)
-
-    @torch.no_grad()
-    def resolve(self) -> None:
-        """Widen the initial weights until distances and species tell edges apart (`init`).
-
-        With the published ones an attribute is mostly a constant (from l = 0 of the BOO) and
-        hardly knows its species. Forces near equilibrium hang on hundredths of an Angstrom for
-        each pair of species, which training must else find first.
-        """
-        self.distance.weight.mul_(30.0)
-        self.output.weight.mul_(3.0)
-        nn.init.uniform_(self.source_species.weight, -1.0, 1.0)
-        nn.init.uniform_(self.target_species.weight, -1.0, 1.0)
-
-    def terms(self, x: BlockInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """What `gather` adds up: terms of lengths [U, H], neighbours [N, H] and atoms [N, H]."""
-        act, drop = self.activation, self.dropout
-        recompute = self.recompute and not (self.training and drop.p > 0)
-        weights = self.output.weights()
-        affine = weights[0], self.output.bias, Prologue(act, drop)
-        parts = [
-            self.linear(*affine, hidden, recompute=recompute) for hidden in self._distances(x.rbf)
-        ]
-        distance = torch.cat(parts) if len(parts) > 1 else parts[0]
-        source = linear(drop(act(self.source_boo(x.boo))), weights[1])
-        target = linear(drop(act(self.target_boo(x.boo))), weights[3])
-        source = source + linear(self.source_species(x.species), weights[2])
-        return distance, source, target + linear(self.target_species(x.species), weights[4])
-
-    def _distances(self, rbf: RadialBasis | SortedLengths) -> Iterator[Tensor]:
-        """The linear map of the radial basis, in parts of rows."""
-        weight, bias = self.distance.weight, self.distance.bias
-        if self.fused:
-            yield from rbf.linear(weight, bias)
-            return
-        # without gradients block by block, which stays in cache and needs no memory
-        groups = [(rbf.blocks, rbf.starts)]
-        if not torch.is_grad_enabled():
-            groups = [([block], [start]) for block, start in zip(*groups[0], strict=True)]
-        for blocks, starts in groups:
-            yield banded_linear(blocks, starts, weight, bias)
-
-    def encoder(self, x: BlockInputs) -> tuple[Tensor, ...]:
-        """The weight of the force encoding, if forces are an input."""
-        return () if self.forces is None or x.forces is None else (self.forces.weight,)
-
-    def gather(
-        self,
-        x: BlockInputs,
-        distance: Tensor,
-        source: Tensor,
-        target: Tensor,
-        *encoder: Tensor,
-        norm: nn.Module | None = None,
-        parameters: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Attributes of each edge, [E, H], from `terms` and `encoder`.
-
-        Normed by `norm`, if there is one, with `parameters` in place of its own.
-        """
-        if self.fused and not encoder and not (self.training and self.dropout.p > 0):
-            weight = None
-            if isinstance(norm, RMSNorm):
-                (weight,), norm = parameters or (norm.weight,), None
-            total = gather_gelu(distance, source, target, x.index, weight)
-        else:
-            total = self._gather(x, distance, source, target, *encoder)
-        return total if norm is None else norm(total, *parameters)
-
-    def _gather(
-        self, x: BlockInputs, distance: Tensor, source: Tensor, target: Tensor, *encoder: Tensor
-    ) -> Tensor:
-        total = distance.index_select(0, x.rbf.rows).add_(source.index_select(0, x.senders))
-        total.add_(target.index_select(0, x.receivers))
-        for weight in encoder:
-            total = total + linear(x.forces, weight)
-        return self.dropout(self.activation(total))
 
 
 def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
@@ -316,10 +132,8 @@ class NeighborAttention(nn.Module):
         attributes, inputs = self.attributes, [*prepared]
         again = {"recompute": self.recompute}
         if self.edge is not None:
-            affine = self.edge.weight, self.edge.bias
-            norm = edge_norm.parameters()
-            affine = *affine, Prologue(norm=edge_norm)
-            inputs.append(self.linear(*affine, edge, *norm, **again))
+            affine = self.edge.weight, self.edge.bias, Prologue(norm=edge_norm)
+            inputs.append(self.linear(*affine, edge, *edge_norm.parameters(), **again))
         count = len(inputs)
 
         def parts(*given: Tensor) -> tuple[Tensor, ...]:
