@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from escaip_fairchem.kernels.triton_linear_ops import norm_linear_op, precision
+from escaip_fairchem.kernels.triton_linear_ops import norm_linear_op
+from escaip_fairchem.kernels.triton_tiles import precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable

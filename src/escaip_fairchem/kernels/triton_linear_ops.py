@@ -20,7 +20,7 @@ from escaip_fairchem.kernels.triton_linear_kernels import (
     norm_linear_backward_kernel,
     norm_linear_kernel,
 )
-from escaip_fairchem.kernels.triton_tiles import INTERPRETED
+from escaip_fairchem.kernels.triton_tiles import INTERPRETED, precision
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -181,11 +181,6 @@ def _prologue(x: Tensor, gelu: bool, norm: bool, dtype: torch.dtype) -> Tensor:
 
 def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def precision() -> str:
-    """How float32 is multiplied."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _tile(

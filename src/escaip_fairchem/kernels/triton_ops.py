@@ -13,6 +13,7 @@ from torch import Tensor
 
 from escaip_fairchem.kernels.triton_double_backward import double_backward_kernel
 from escaip_fairchem.kernels.triton_kernels import backward_kernel, forward_kernel
+from escaip_fairchem.kernels.triton_tiles import precision
 
 _INPUTS = (
     "Tensor[] qkv, Tensor directions, Tensor log_envelope, Tensor? cosine_scale, "
@@ -158,10 +159,8 @@ def _launch(kernel, tensors, geometry, others, num_slots, frequencies, **constan
     for width in frequencies:
         segments.append((first, width, _block(width)))
         first += width
-    slots, precision = _block(num_slots), "ieee"
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":
-        precision = "tf32"
-    tensor_cores = tensors[0].element_size() == 2 or precision == "tf32"
+    slots = _block(num_slots)
+    tensor_cores = tensors[0].element_size() == 2 or precision() == "tf32"
     with torch.cuda.device_of(tensors[0]):
         kernel[(len(counts) * heads,)](
             *tensors,
@@ -179,7 +178,7 @@ def _launch(kernel, tensors, geometry, others, num_slots, frequencies, **constan
             SEGMENTS=tuple(segments),
             SLOTS=slots,
             COSINE=cosine_scale is not None,
-            PRECISION=precision,
+            PRECISION=precision(),
             num_warps=_num_warps(slots, tensor_cores),
             **constants,
         )
