@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from escaip_fairchem.curvature import hessian
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.layers import FeedForward, names_without_decay, norm_factory
+from escaip_fairchem.neighbors import count_rows
 
 if TYPE_CHECKING:
     from fairchem.core.datasets.atomic_data import AtomicData
@@ -292,7 +293,7 @@ def _reduce(per_atom: Tensor, emb: dict[str, Any], reduce: str) -> Tensor:
     total = per_atom.new_zeros(size, *per_atom.shape[1:]).index_add(0, index, per_atom)
     if reduce == "sum":
         return total
-    counts = torch.bincount(index, minlength=size).to(total.dtype)
+    counts = count_rows(index, size).to(total.dtype)
     return total / counts.view(-1, *[1] * (total.dim() - 1))
 
 
