@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from escaip_fairchem.block_inputs import BlockInputs
 from escaip_fairchem.blocks import InputBlock, Readout, TransformerBlock
+from escaip_fairchem.compiled import Compiled, Edges
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.edge_attributes import EdgeAttributes
 from escaip_fairchem.errors import UserError
@@ -31,10 +33,33 @@ from escaip_fairchem.layers import names_without_decay, norm_factory
 from escaip_fairchem.neighbors import Structures, times_matrix
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ase import Atoms
     from fairchem.core.datasets.atomic_data import AtomicData
 
 _NO_ATOMS = "a structure of the batch has no atoms; remove it"
+
+
+class Output(dict):
+    """What the backbone says of a batch; features that are not there are computed when read.
+
+    Attributes:
+        encode: Computes node and edge features.
+    """
+
+    encode: Callable[[], tuple[Tensor, Tensor | None]]
+
+    def __missing__(self, key: str) -> Tensor | None:
+        """Compute features that nothing has asked for yet."""
+        if key not in ("node_features", "edge_features"):
+            raise KeyError(key)
+        self.add(self.encode())
+        return self[key]
+
+    def add(self, features: tuple[Tensor, Tensor | None]) -> None:
+        """Put in node and edge features."""
+        self["node_features"], self["edge_features"] = features
 
 
 class EScAIPBackbone(nn.Module, BackboneInterface):
@@ -72,6 +97,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         self.node_readout = Readout(config, norm)
         self.edge_readout = Readout(config, norm) if config.edge_outputs else None
         self._initialize()
+        self.compiled = Compiled() if config.compile else None
 
     @conditional_grad(torch.enable_grad())
     def forward(self, data: AtomicData) -> dict[str, Any]:
@@ -86,7 +112,9 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         Returns:
             node_features [N, H], edge_features [E, H] or None, graph (`NeighborGraph`),
             system_idx [N], num_systems, cell [B, 3, 3], pbc [B, 3], and what a conservative
-            head differentiates by: positions [N, 3], displacement [B, 3, 3] or None.
+            head differentiates by: positions [N, 3], displacement [B, 3, 3] or None. Of a
+            compiled conservative model also derivatives, see `Compiled.derivatives`; there the
+            features are computed, without compilation, if something reads them.
 
         Raises:
             UserError: No atoms, positions that are not finite, elements out of range,
@@ -96,25 +124,60 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         data["atomic_numbers_full"], data["batch_full"] = data["atomic_numbers"], data["batch"]
         self._refuse_bad_input(data)
         # geometry in bf16 would be wrong by tenths of an Angstrom, so autocast stops here
-        with torch.autocast(data["pos"].device.type, enabled=False):
+        device = data["pos"].device.type
+        with torch.autocast(device, enabled=False):
             structures, leaves = self._strained(data)
             graph = build_graph(structures, self.config, fused=self.fused_graph)
-            inputs = self._features(graph, data["atomic_numbers"], structures.system_idx)
-            if self.config.force_encoding and "encoded_forces" in data:
-                inputs.forces = force_projections(
-                    data["encoded_forces"], graph.directions, graph.receivers, graph.senders
-                )
-        node_features, edge_features = self._encode(inputs)
-        return {
-            "node_features": node_features,
-            "edge_features": edge_features,
-            "graph": graph,
-            "system_idx": structures.system_idx,
-            "num_systems": len(structures.natoms),
-            "cell": structures.cell,
-            "pbc": structures.pbc,
+        encoded = self.config.force_encoding and "encoded_forces" in data
+        edges = Edges(
+            graph,
+            species=data["atomic_numbers"],
+            system_idx=structures.system_idx,
+            forces=data["encoded_forces"] if encoded else None,
+            autocast=torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else None,
+        )
+        output = Output(
+            graph=graph,
+            system_idx=structures.system_idx,
+            num_systems=len(structures.natoms),
+            cell=structures.cell,
+            pbc=structures.pbc,
             **leaves,
-        }
+        )
+        if self.compiled is not None and self._differentiated:
+            output.encode = partial(self.encode, edges)
+            output["derivatives"] = partial(self.compiled.derivatives, self, edges=edges)
+        else:
+            output.add(self._compiled_features(edges) or self.encode(edges))
+        return output
+
+    @property
+    def _differentiated(self) -> bool:
+        """Whether forces are derivatives of the energy."""
+        return self.regress_config.forces and not self.regress_config.direct_forces
+
+    def _compiled_features(self, edges: Edges) -> tuple[Tensor, Tensor | None] | None:
+        """`encode` by the compiled function; None where there is none."""
+        chunk = self.config.inference_chunk
+        chunked = 0 < chunk < len(edges.species) and not torch.is_grad_enabled()
+        if self.compiled is None or chunked:
+            return None
+        return self.compiled.features(self, edges)
+
+    def encode(self, edges: Edges) -> tuple[Tensor, Tensor | None]:
+        """Everything after the graph: node features [N, H], edge features [E, H] or None."""
+        graph, device = edges.graph, edges.species.device.type
+        # see `forward`
+        with torch.autocast(device, enabled=False):
+            inputs = self._features(graph, edges.species, edges.system_idx)
+            if edges.forces is not None:
+                inputs.forces = force_projections(
+                    edges.forces, graph.directions, graph.receivers, graph.senders
+                )
+        with torch.autocast(device, dtype=edges.autocast, enabled=edges.autocast is not None):
+            return self._encode(inputs)
 
     def _strained(self, data: AtomicData) -> tuple[Structures, dict[str, Tensor]]:
         """The batch with a symmetric strain of zero, if a gradient with respect to it is due."""
@@ -123,7 +186,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         pbc = torch.atleast_2d(data["pbc"]).bool()
         displacement = None
         leaf = positions
-        if regress.forces and not regress.direct_forces:
+        if self._differentiated:
             if not positions.requires_grad:
                 leaf = positions = positions.detach().requires_grad_(True)
             if regress.stress:
@@ -180,7 +243,8 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
     def _encode(self, x: BlockInputs) -> tuple[Tensor, Tensor | None]:
         """Blocks and readouts: node features [N, H], edge features [E, H] or None."""
         size, recorded = self.config.inference_chunk, torch.is_grad_enabled()
-        chunks = [x] if recorded or not size else x.chunks(size)
+        whole = recorded or not size or torch.compiler.is_compiling()
+        chunks = [x] if whole else x.chunks(size)
         prepared = self.input_block.prepare(x)
         states = [
             self._read_out(0, *self.input_block(prepared, chunk), None, None) for chunk in chunks
@@ -271,12 +335,15 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
 
     @classmethod
     def build_inference_settings(cls, settings: Any) -> dict[str, Any]:
-        """No overrides; switches off fairchem's `torch.compile`, minutes long on first use.
+        """`compile` of fairchem's settings is the key `compile`, instead of fairchem's own.
 
         `hessian_vmap` is not read: Hessians are computed row by row.
         """
+        keys = {"compile": settings.compile}
+        if settings.compile:  # of training only, and "block" is refused there
+            keys["checkpointing"] = "pointwise"
         settings.compile = False
-        return {}
+        return keys
 
     def get_default_untrained_tasks(self, checkpoint_tasks: dict, inference_settings: Any) -> list:
         """None: properties that were not trained are added on request only."""

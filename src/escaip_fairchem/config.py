@@ -201,6 +201,8 @@ class EScAIPConfig:
     checkpointing: str = "pointwise"
     inference_chunk: int = 0  # without gradients, atoms at a time; 0: all at once
 
+    compile: bool = False  # everything after the graph by torch.compile: for GPUs
+
     init: str = "published"  # "resolved": distances and species tell edges apart from the start
 
     @classmethod
@@ -287,6 +289,10 @@ class EScAIPConfig:
                 _require(0 <= value < 1, f"{field.name}: {value!r} must be in [0, 1)")
         _require(self.rbf_size > 1, f"rbf_size: {self.rbf_size!r} must be at least 2")
         _require(self.inference_chunk >= 0, "inference_chunk must not be negative")
+        _require(
+            not (self.compile and self.checkpointing == "block"),
+            "compile: true decides itself what training keeps; set checkpointing to pointwise",
+        )
         _require(self.boo_lmax >= 0, f"boo_lmax: {self.boo_lmax!r} must not be negative")
         _require(
             self.hidden_size % self.num_heads == 0,

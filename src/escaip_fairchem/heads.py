@@ -104,11 +104,14 @@ class EnergyHead(_Head):
 
     def total_energy(self, emb: dict[str, Any]) -> Tensor:
         """Energy of each structure from the backbone's output, differentiable, [B]."""
-        per_atom = self.energy(self.node_norm(emb["node_features"]))[:, 0]
-        if not self.training:
-            # a sum over thousands of atoms in float32 rounds away what one of them changes
-            per_atom = per_atom.double()
+        per_atom = self.atomic_energies(emb["node_features"])
         return _reduce(per_atom, emb, self.config.energy_reduce)
+
+    def atomic_energies(self, node_features: Tensor) -> Tensor:
+        """[N, H] -> [N]; in evaluation float64."""
+        per_atom = self.energy(self.node_norm(node_features))[:, 0]
+        # a sum over thousands of atoms in float32 rounds away what one of them changes
+        return per_atom if self.training else per_atom.double()
 
 
 class DirectForceHead(_Head):
@@ -247,7 +250,8 @@ class ConservativeHead(EnergyHead):
         Raises:
             UserError: A Hessian of several structures at once.
         """
-        energy, wanted = self.total_energy(emb), self.regress_config
+        wanted = self.regress_config
+        energy, *slopes = self._compiled_slopes(emb) or (self.total_energy(emb),)
         results = {"energy": energy}
         if wanted.forces:
             leaves = [emb["positions"]]
@@ -255,8 +259,9 @@ class ConservativeHead(EnergyHead):
                 leaves.append(emb["displacement"])
             # the graph is kept for another head on the same backbone
             gradients = torch.autograd.grad(
-                energy.sum(),
+                slopes[0] if slopes else energy.sum(),
                 leaves,
+                slopes[1] if slopes else None,
                 create_graph=self.training or wanted.hessian,
                 retain_graph=True,
             )
@@ -270,6 +275,29 @@ class ConservativeHead(EnergyHead):
         if not self.training:
             results = {key: value.detach() for key, value in results.items()}
         return {f"{p}{key}": {key: results[key]} for p in self.prefixes for key in results}
+
+    def _compiled_slopes(self, emb: dict[str, Any]) -> tuple[Tensor, list, list] | None:
+        """Energies [B], and outputs and cotangents whose gradient is that of their sum.
+
+        None where nothing is compiled, or a second derivative is wanted.
+        """
+        wanted = self.regress_config
+        if "derivatives" not in emb or wanted.hessian or not wanted.forces:
+            return None
+        index = emb["system_idx"]
+        shares = torch.ones(len(index), device=index.device)
+        if self.config.energy_reduce == "mean":
+            shares = (1 / torch.bincount(index)).index_select(0, index)
+        found = emb["derivatives"](self, shares=shares)
+        if found is None:
+            return None
+        per_atom, slopes = found
+        graph = emb["graph"]
+        outputs = graph.pair_lengths, graph.directions, graph.log_envelope
+        # a hard cut has no slope
+        pairs = [(x, s) for x, s in zip(outputs, slopes, strict=True) if x.requires_grad]
+        outputs, slopes = zip(*pairs, strict=True)
+        return _reduce(per_atom, emb, self.config.energy_reduce), outputs, slopes
 
     def _stress(self, virial: Tensor, emb: dict[str, Any]) -> Tensor:
         volume = torch.linalg.det(emb["cell"].detach()).abs()

@@ -46,7 +46,16 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """[..., size] -> [..., size]; `weight` stands in for the norm's own."""
+        if torch.compiler.is_compiling():
+            return _plain_rms_norm(x, self.weight if weight is None else weight)
         return rms_norm(x, self.weight if weight is None else weight)
+
+
+def _plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """`rms_norm` for a compiler, which fuses it and decides itself what is kept."""
+    wide = x.to(weight.dtype)
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps)
+    return (wide * inverse * weight).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -114,12 +123,12 @@ def prologue_linear(
             pass. Whatever needs a gradient must be among `inputs`.
         *inputs: Tensors.
         recompute: Repeat the prologue in the backward pass instead of keeping its parts; one
-            that drops out cannot be repeated.
+            that drops out cannot be repeated. A compiler decides on that itself.
         residual: Added to the result.
     """
     if residual is not None:
         return residual + prologue_linear(weight, bias, prologue, *inputs, recompute=recompute)
-    if recompute:
+    if recompute and not torch.compiler.is_compiling():
         return recomputed_linear(prologue, weight, bias, *inputs)
     parts = prologue(*inputs)
     if not isinstance(parts, tuple):

@@ -18,6 +18,8 @@ import os
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.kernels.attention import packed_attention
 from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
@@ -95,6 +97,12 @@ def fuses_graph() -> bool:
     return True
 
 
+def _torch(qkv: Tensor, geometry: AttentionGeometry, **options) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _reference(qkv, geometry, **options)
+    return packed_attention(qkv, geometry, **options)
+
+
 def _reference(qkv: Tensor, geometry: AttentionGeometry, **options) -> Tensor:
     return neighbor_attention(*qkv.unbind(1), geometry, **options)
 
@@ -132,4 +140,4 @@ def _log_once(part: str, name: str, reason: str) -> None:
     logging.getLogger(__name__).info("%s kernel: %s (%s)", part, name, reason)
 
 
-_BACKENDS = {"torch": packed_attention, "triton": _triton, "reference": _reference}
+_BACKENDS = {"torch": _torch, "triton": _triton, "reference": _reference}
