@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from escaip_fairchem.block_inputs import BlockInputs
 from escaip_fairchem.blocks import InputBlock, Readout, TransformerBlock
-from escaip_fairchem.compiled import Compiled, Edges
+from escaip_fairchem.compiled import Compiled
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.edge_attributes import EdgeAttributes
 from escaip_fairchem.errors import UserError
@@ -27,10 +27,12 @@ from escaip_fairchem.kernels import (
     fused_edges,
     fuses_graph,
     order_by,
+    reads_angles,
     recomputed_tree,
 )
 from escaip_fairchem.layers import names_without_decay, norm_factory
 from escaip_fairchem.neighbors import Structures, times_matrix
+from escaip_fairchem.shapes import Edges
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +99,8 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         self.node_readout = Readout(config, norm)
         self.edge_readout = Readout(config, norm) if config.edge_outputs else None
         self._initialize()
-        self.compiled = Compiled() if config.compile else None
+        slots = config.max_neighbors + 1 if config.cuda_graphs else None
+        self.compiled = Compiled(slots=slots) if config.compile else None
 
     @conditional_grad(torch.enable_grad())
     def forward(self, data: AtomicData) -> dict[str, Any]:
@@ -224,7 +227,7 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
             graph.counts,
             graph.slots,
             graph.num_slots,
-            angular=config.angular,
+            angular=config.angular if reads_angles(self.blocks[0].attention.attend) else "none",
             lmax=len(config.frequency_list) - 1,
         )
         return BlockInputs(
@@ -342,6 +345,8 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
         keys = {"compile": settings.compile}
         if settings.compile:  # of training only, and "block" is refused there
             keys["checkpointing"] = "pointwise"
+        else:
+            keys["cuda_graphs"] = False
         settings.compile = False
         return keys
 

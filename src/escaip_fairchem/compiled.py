@@ -4,8 +4,12 @@ Everything from edges to features is traced as a whole. Numbers of atoms, edges,
 are symbols in it, so that all batches share a graph; training and evaluation have one each.
 
 A conservative model needs derivatives of a derivative in training, which AOTAutograd does not
-have. There the function computes energies and their derivatives by the edges' geometry itself
-(`torch.func.vjp`, traced too), and a single derivative of that is left to do.
+have. So what is compiled there are energies together with their derivatives by the geometry of
+the edges: `torch.autograd.grad` is traced too, and a single derivative of both is left to do.
+
+In evaluation a GPU can replay what it was told once (CUDA graphs), if batches have sizes that
+repeat. That pays where a batch is so small that launching its kernels takes longer than running
+them: dynamics of some thousand atoms.
 
 Shapes: N atoms, E edges, U distinct lengths, K slots.
 """
@@ -13,13 +17,12 @@ Shapes: N atoms, E edges, U distinct lengths, K slots.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from escaip_fairchem.graph import NeighborGraph
+from escaip_fairchem.shapes import Edges, Shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,67 +35,18 @@ if TYPE_CHECKING:
 MODES = 32
 
 
-@dataclass
-class Edges:
-    """What the features of a batch are computed from.
-
-    Attributes:
-        graph: Neighbourhoods.
-        species: Atomic numbers, [N].
-        system_idx: Structure of each atom, [N].
-        forces: Forces that are an input, [N, 3], or None.
-        autocast: Precision that autocast sets for the blocks, or None.
-    """
-
-    graph: NeighborGraph
-    species: Tensor
-    system_idx: Tensor
-    forces: Tensor | None
-    autocast: torch.dtype | None
-
-    @property
-    def geometry(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What depends on positions: lengths [U], directions [E, 3], log-envelopes [E]."""
-        return self.graph.pair_lengths, self.graph.directions, self.graph.log_envelope
-
-    @property
-    def others(self) -> tuple[Tensor | None, ...]:
-        """The tensors besides `geometry`; the last but one has K rows."""
-        graph = self.graph
-        slots = torch.arange(graph.num_slots, device=graph.counts.device)
-        indices = graph.senders, graph.receivers, graph.pairs, graph.exists, graph.counts
-        return *indices, self.species, self.system_idx, slots, self.forces
-
-    @classmethod
-    def of(cls, geometry: tuple[Tensor, ...], others: tuple, autocast) -> Edges:
-        """From `geometry` and `others`."""
-        lengths, directions, log_envelope = geometry
-        senders, receivers, pairs, exists, counts, species, system_idx, slots, forces = others
-        graph = NeighborGraph(
-            senders=senders,
-            receivers=receivers,
-            pairs=pairs,
-            pair_lengths=lengths,
-            directions=directions,
-            log_envelope=log_envelope,
-            exists=exists,
-            counts=counts,
-            num_slots=len(slots),
-        )
-        return cls(graph, species, system_idx, forces, autocast)
-
-
 def _features(backbone: EScAIPBackbone, geometry, others, autocast):
     return backbone.encode(Edges.of(geometry, others, autocast))
 
 
 def _derivatives(backbone: EScAIPBackbone, head: EnergyHead, geometry, others, autocast, shares):
-    def energies(*geometry: Tensor) -> Tensor:
+    with torch.enable_grad():
         node, _ = backbone.encode(Edges.of(geometry, others, autocast))
-        return head.atomic_energies(node)
-
-    values, pull_back = torch.func.vjp(energies, *geometry)
-    return values, pull_back(shares.to(values.dtype))
+        values = head.atomic_energies(node)
+        wanted = [x for x in geometry if x.requires_grad]
+        shares = shares.to(values.dtype)
+        slopes = torch.autograd.grad(values, wanted, shares, create_graph=head.training)
+    return (values if head.training else values.detach()), slopes
 
 
 class Compiled:
@@ -103,18 +57,24 @@ class Compiled:
 
     Args:
         backend: Of `torch.compile`.
+        slots: Slots of an atom, as a rule: in evaluation batches are padded to few `Shapes`, and
+            a GPU replays the kernels of each as a CUDA graph. None: neither.
     """
 
-    def __init__(self, backend: str | Callable = "inductor") -> None:
-        self.backend, self.failed = backend, False
+    def __init__(self, backend: str | Callable = "inductor", slots: int | None = None) -> None:
+        self.backend, self.slots, self.failed = backend, slots, False
+        self.shapes = None if slots is None else Shapes(slots)
         options = {
             "fullgraph": True,
             "backend": backend,
             "isolate_recompiles": True,
             "recompile_limit": MODES,
         }
-        self._features = torch.compile(_features, **options)
-        self._derivatives = torch.compile(_derivatives, **options)
+        functions = {"features": _features, "derivatives": _derivatives}
+        self._functions = {k: torch.compile(f, **options) for k, f in functions.items()}
+        if slots is not None and backend == "inductor":
+            options["mode"] = "reduce-overhead"  # CUDA graphs
+        self._replayed = {k: torch.compile(f, **options) for k, f in functions.items()}
 
     def __deepcopy__(self, memo: dict) -> Compiled:
         """Itself, because weights are arguments."""
@@ -122,16 +82,23 @@ class Compiled:
 
     def __reduce__(self) -> tuple:
         """Compiled functions are not pickled but made again."""
-        return Compiled, (self.backend,)
+        return Compiled, (self.backend, self.slots)
 
     def features(self, backbone: EScAIPBackbone, edges: Edges) -> tuple | None:
         """Node features [N, H] and edge features [E, H] or None."""
-        return self._call(self._features, edges, backbone, edges.geometry)
+        padded = self._padded(edges, training=torch.is_grad_enabled())
+        found = self._call("features", padded, padded.geometry, backbone)
+        if found is None or padded is edges:
+            return found
+        node, edge = found
+        return node[: len(edges.species)], edge if edge is None else edge[
+            : len(edges.graph.senders)
+        ]
 
     def derivatives(
         self, backbone: EScAIPBackbone, head: EnergyHead, edges: Edges, shares: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """Atomic energies, and the derivatives of a sum of them by `Edges.geometry`.
+    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]] | None:
+        """Atomic energies, and the derivatives of a sum of them by the geometry of the edges.
 
         Differentiable in the weights, in training only.
 
@@ -142,29 +109,45 @@ class Compiled:
             shares: Factor of each atomic energy in the sum, [N].
 
         Returns:
-            [N], and [U], [E, 3], [E].
+            Energies [N], tensors that depend on positions, and the derivatives by these.
         """
-        geometry = tuple(x.detach() for x in edges.geometry)
+        padded = self._padded(edges, training=head.training)
+        atoms = len(edges.species)
+        shares = torch.cat([shares, shares.new_zeros(len(padded.species) - atoms)])
+        geometry = [x.detach().requires_grad_(x.requires_grad) for x in padded.geometry]
         with torch.set_grad_enabled(head.training):
-            return self._call(self._derivatives, edges, backbone, head, geometry, shares=shares)
+            found = self._call("derivatives", padded, geometry, backbone, head, shares=shares)
+        if found is None:
+            return None
+        # a hard cut has no slope
+        return found[0][:atoms], [x for x in padded.geometry if x.requires_grad], found[1]
 
-    def _call(self, function: Callable, edges: Edges, *arguments: Any, **more: Tensor):
+    def _padded(self, edges: Edges, *, training: bool) -> Edges:
+        return edges if self.shapes is None or training else self.shapes.pad(edges)
+
+    def _call(self, name: str, edges: Edges, geometry, *modules: nn.Module, **more: Tensor):
         graph = edges.graph
         # a size of 1 would have a graph of its own
         sizes = len(graph.counts), len(graph.pair_lengths), graph.num_slots
         if self.failed or min(sizes) < 2:
             return None
-        *modules, geometry = arguments
         others = edges.others
         for tensor in (*geometry, *others, *more.values()):
             if tensor is not None:
                 torch._dynamo.mark_dynamic(tensor, 0)
+        functions = self._functions
+        if self.shapes is not None and not torch.is_grad_enabled():
+            functions = self._replayed
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step gave is not needed
+        # DDP would cut the graph into pieces, for its communication to begin earlier
+        options = {"optimize_ddp": False, "trace_autograd_ops": True}
         try:
-            # DDP would cut the graph into pieces, for its communication to begin earlier
-            with torch._dynamo.config.patch(optimize_ddp=False):
-                return function(*modules, geometry, others, edges.autocast, **more)
+            with torch._dynamo.config.patch(options):
+                return functions[name](*modules, tuple(geometry), others, edges.autocast, **more)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.failed = True
-            reason = str(error).strip().splitlines()[0]
-            logging.getLogger(__name__).warning("compile: %s; going on without", reason)
+            cause = getattr(error, "inner_exception", error)
+            lines = str(cause).strip().splitlines() or [""]
+            log = logging.getLogger(__name__)
+            log.warning("not compiled: %s: %s", type(cause).__name__, lines[0])
             return None

@@ -201,7 +201,9 @@ class EScAIPConfig:
     checkpointing: str = "pointwise"
     inference_chunk: int = 0  # without gradients, atoms at a time; 0: all at once
 
-    compile: bool = False  # everything after the graph by torch.compile: for GPUs
+    # everything after the graph by torch.compile, for GPUs; in evaluation as CUDA graphs besides
+    compile: bool = False
+    cuda_graphs: bool = False
 
     init: str = "published"  # "resolved": distances and species tell edges apart from the start
 
@@ -289,6 +291,10 @@ class EScAIPConfig:
                 _require(0 <= value < 1, f"{field.name}: {value!r} must be in [0, 1)")
         _require(self.rbf_size > 1, f"rbf_size: {self.rbf_size!r} must be at least 2")
         _require(self.inference_chunk >= 0, "inference_chunk must not be negative")
+        _require(
+            self.compile or not self.cuda_graphs,
+            "cuda_graphs: true needs compile: true",
+        )
         _require(
             not (self.compile and self.checkpointing == "block"),
             "compile: true decides itself what training keeps; set checkpointing to pointwise",

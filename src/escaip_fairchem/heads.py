@@ -276,7 +276,9 @@ class ConservativeHead(EnergyHead):
             results = {key: value.detach() for key, value in results.items()}
         return {f"{p}{key}": {key: results[key]} for p in self.prefixes for key in results}
 
-    def _compiled_slopes(self, emb: dict[str, Any]) -> tuple[Tensor, list, list] | None:
+    def _compiled_slopes(
+        self, emb: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, ...]] | None:
         """Energies [B], and outputs and cotangents whose gradient is that of their sum.
 
         None where nothing is compiled, or a second derivative is wanted.
@@ -291,12 +293,7 @@ class ConservativeHead(EnergyHead):
         found = emb["derivatives"](self, shares=shares)
         if found is None:
             return None
-        per_atom, slopes = found
-        graph = emb["graph"]
-        outputs = graph.pair_lengths, graph.directions, graph.log_envelope
-        # a hard cut has no slope
-        pairs = [(x, s) for x, s in zip(outputs, slopes, strict=True) if x.requires_grad]
-        outputs, slopes = zip(*pairs, strict=True)
+        per_atom, outputs, slopes = found
         return _reduce(per_atom, emb, self.config.energy_reduce), outputs, slopes
 
     def _stress(self, virial: Tensor, emb: dict[str, Any]) -> Tensor:

@@ -25,6 +25,7 @@ def calculator(
     d3: str | None = None,
     neighbor_search: str | None = None,
     hessian: bool = False,
+    compile: bool | str = False,  # noqa: A002
 ) -> EScAIPCalculator:
     """An ASE calculator of a trained model.
 
@@ -39,6 +40,9 @@ def calculator(
         neighbor_search: As the key of the model, in place of what it was trained with.
         hessian: Also compute second derivatives of the energy at each evaluation, a backward
             pass for each coordinate: ``get_property("hessian")``, (3 N, 3 N).
+        compile: True compiles the model at the first evaluation, which takes minutes and pays on
+            a GPU in long simulations; ``"cuda-graphs"`` also spares the launching of kernels,
+            for systems of up to some thousand atoms.
 
     Returns:
         fairchem's calculator; energies in eV, forces in eV/A, stress in eV/A^3 (ASE's sign).
@@ -58,18 +62,21 @@ def calculator(
         raise UserError(f"no checkpoint at {path}; a run writes checkpoints/*/inference_ckpt.pt")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is no checkpoint; a run writes checkpoints/*/inference_ckpt.pt")
+    if compile not in (False, True, "cuda-graphs"):
+        raise UserError(f"compile: {compile!r} is not one of False, True, 'cuda-graphs'")
     precision = dtype or torch.float32
+    keys: dict[str, str | bool] = {"cuda_graphs": compile == "cuda-graphs"}
+    if neighbor_search:
+        keys["neighbor_search"] = neighbor_search
 
     def load(**untrained: set[str]) -> MLIPPredictUnit:
         return load_predict_unit(
             path,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             inference_settings=InferenceSettings(
-                compile=False, base_precision_dtype=precision, **untrained
+                compile=bool(compile), base_precision_dtype=precision, **untrained
             ),
-            overrides=(
-                {"backbone": {"neighbor_search": neighbor_search}} if neighbor_search else None
-            ),
+            overrides={"backbone": dict(keys)},
         )
 
     unit = load()

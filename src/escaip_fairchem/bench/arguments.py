@@ -26,7 +26,7 @@ _HELP = {
     "md": "steps of molecular dynamics in ASE",
     "peers": "other models on the same structures, all with random weights",
     "accuracy": "errors of models trained on the same frames with the same budget",
-    "gpu": "on a GPU: forward, train and memory in every precision, and dynamics",
+    "gpu": "on a GPU: every precision and form of ours, dynamics, a million atoms, stages",
 }
 
 
@@ -56,6 +56,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the structures (0)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(cpu)")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="(fp32)")
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
+    parser.add_argument("--kernels", choices=["torch", "triton"], help="attention of ours (torch)")
 
 
 def _add_batch(parser: argparse.ArgumentParser) -> None:

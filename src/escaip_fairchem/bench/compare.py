@@ -33,7 +33,8 @@ class Comparison(Models):
     """
 
     def __init__(self, settings: Settings, note: str = "", **changes: Any) -> None:
-        builtin, ours = model_pair(settings.config(**changes), **settings.own_keys())
+        with settings.chosen_kernels():
+            builtin, ours = model_pair(settings.config(**changes), **settings.own_keys())
         super().__init__(settings, {BUILTIN: builtin, OURS: ours}, BUILTIN, note)
 
     def errors(self, structures: list[Atoms]) -> dict[str, float]:

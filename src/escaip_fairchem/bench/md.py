@@ -68,10 +68,13 @@ def run(
         fits: GiB; how many atoms a step of each model can have in them is estimated.
     """
     comparison = Comparison(settings)
+    # as steps of dynamics are compiled: with CUDA graphs
+    compiled = "cuda-graphs" if settings.compile else False
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "inference_ckpt.pt"
         _save(comparison.models[OURS], settings, path)
-        own = calculator(path, device=settings.device)
+        with settings.chosen_kernels():
+            own = calculator(path, device=settings.device, compile=compiled)
     peer_models = esen_models(peers, [settings.neighbors], settings)
     models = Models(settings, comparison.models | peer_models, BUILTIN)
     models.set_training(False)

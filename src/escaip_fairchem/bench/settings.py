@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from escaip_fairchem.errors import UserError
+from escaip_fairchem.kernels.backends import VARIABLE
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Settings:
     precision: str = "fp32"
     checkpointing: str = "pointwise"
     inference_chunk: int = 0
+    compile: bool = False
+    kernels: str = "torch"
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Settings:
@@ -84,7 +90,23 @@ class Settings:
 
     def own_keys(self) -> dict[str, Any]:
         """Backbone keys of ours that the built-in lacks."""
-        return {"checkpointing": self.checkpointing, "inference_chunk": self.inference_chunk}
+        return {
+            "checkpointing": self.checkpointing,
+            "inference_chunk": self.inference_chunk,
+            "compile": self.compile,
+        }
+
+    @contextmanager
+    def chosen_kernels(self) -> Iterator[None]:
+        """What is built inside takes `kernels`, whatever the environment says."""
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = self.kernels
+        try:
+            yield
+        finally:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
 
     def columns(self) -> dict[str, Any]:
         """The columns of a row that say what was run."""
@@ -93,6 +115,10 @@ class Settings:
             config += f" checkpointing={self.checkpointing}"
         if self.inference_chunk:
             config += f" inference_chunk={self.inference_chunk}"
+        if self.kernels != type(self).kernels:
+            config += f" {self.kernels}"
+        if self.compile:
+            config += " compiled"
         return {
             "device": self.device,
             "threads": self.threads,

@@ -92,7 +92,12 @@ def batch_sizes(
 
 
 def system_sizes(
-    command: str, settings: Settings, report: Report, sizes: list[int], limit: float | None
+    command: str,
+    settings: Settings,
+    report: Report,
+    sizes: list[int],
+    limit: float | None,
+    names: tuple[str, ...] = (BUILTIN, OURS),
 ) -> None:
     """One doped crystal of each size; a model stops before the size that would not fit.
 
@@ -102,11 +107,12 @@ def system_sizes(
         report: Takes the rows.
         sizes: About how many atoms, ascending.
         limit: GiB that a call may take; 70 % of what is free by default.
+        names: The models.
     """
     settings = dataclasses.replace(settings, domain="solid")
     comparison = Comparison(settings)
     allowed = limit * 2**10 if limit else 0.7 * _free_mib(comparison.device)
-    history: dict[str, list[tuple[int, float]]] = {BUILTIN: [], OURS: []}
+    history: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
     for size in sorted(sizes):
         atoms = solid(size, settings.seed)
         for name in list(history):

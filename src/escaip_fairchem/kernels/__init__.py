@@ -9,6 +9,7 @@ from escaip_fairchem.kernels.backends import (
     fused_edges,
     fuses_graph,
     linear_backend,
+    reads_angles,
 )
 from escaip_fairchem.kernels.dense import linear
 from escaip_fairchem.kernels.edges import SortedLengths, gather_gelu, order_by
@@ -28,6 +29,7 @@ __all__ = [
     "neighbor_attention",
     "order_by",
     "packed_attention",
+    "reads_angles",
     "recomputed_linear",
     "recomputed_tree",
     "rms_norm",

@@ -97,6 +97,11 @@ def fuses_graph() -> bool:
     return True
 
 
+def reads_angles(backend: Callable[..., Tensor]) -> bool:
+    """Whether a backend reads the angles of `AttentionGeometry`; Triton computes them itself."""
+    return backend is not _triton
+
+
 def _torch(qkv: Tensor, geometry: AttentionGeometry, **options) -> Tensor:
     if torch.compiler.is_compiling():
         return _reference(qkv, geometry, **options)

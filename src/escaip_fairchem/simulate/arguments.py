@@ -27,6 +27,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--remove-net-force", action="store_true", help="subtract the mean force from each"
     )
     model.add_argument("--d3", metavar="FUNCTIONAL", help="add DFT-D3(BJ), such as pbe")
+    model.add_argument(
+        "--compile",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=(True, "cuda-graphs"),
+        metavar="cuda-graphs",
+        help="compile the model, for long simulations on a GPU; cuda-graphs: of few atoms",
+    )
 
 
 def add_out(parser: argparse.ArgumentParser, default: str) -> None:
@@ -76,4 +85,5 @@ def open_model(args: argparse.Namespace) -> Model:
         float64=args.float64,
         remove_net_force=args.remove_net_force,
         d3=args.d3,
+        compile=args.compile,
     )

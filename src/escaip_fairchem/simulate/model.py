@@ -49,6 +49,7 @@ class Model:
         float64: bool = False,
         remove_net_force: bool = False,
         d3: str | None = None,
+        compile: bool | str = False,  # noqa: A002
     ) -> Model:
         """Load a checkpoint.
 
@@ -59,6 +60,7 @@ class Model:
             float64: Evaluate in double precision.
             remove_net_force: As there.
             d3: As there.
+            compile: As there.
 
         Raises:
             UserError: As there, or nothing to load.
@@ -76,6 +78,7 @@ class Model:
                 dtype=torch.float64 if float64 else torch.float32,
                 remove_net_force=remove_net_force,
                 d3=d3,
+                compile=compile,
             )
         (energy,) = (t for t in tasks if t["property"] == "energy" and task in t["datasets"])
         settings = {
@@ -86,6 +89,8 @@ class Model:
             "remove_net_force": remove_net_force,
             "d3": d3,
         }
+        if compile:  # rounds differently
+            settings["compile"] = compile
         return cls(used, str(path), used.conservative, energy["references"], settings)
 
     @property
