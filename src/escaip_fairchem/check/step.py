@@ -15,11 +15,12 @@ from fairchem.core.common import distutils
 from fairchem.core.units.mlip_unit.mlip_unit import compute_loss
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from escaip_fairchem.bench.measure import peak_bytes
 from escaip_fairchem.data.energies import use_exact_energy
-from escaip_fairchem.graph import Structures, build_graph
+from escaip_fairchem.graph import build_graph
+from escaip_fairchem.neighbors import Structures
 from escaip_fairchem.train.counting import loss_weights
 from escaip_fairchem.train.runner import instantiate
 
@@ -76,6 +77,12 @@ class Cost:
     checkpoint: int
     flops: float
     device: torch.device
+
+
+@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+def _linear_operations(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """Operations of oneDNN's products, see `kernels.dense`; torch counts none."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
 
 
 class OperationCounter(TorchDispatchMode):
