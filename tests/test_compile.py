@@ -137,9 +137,12 @@ def test_dropping_autocast_and_ddp_keep_one_graph(tmp_path):
     assert counting.graphs == 1
     plain, compiled, counting = pair(dtype=torch.float32)
     batch = make_batch(*BATCHES[0], dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        forces, expected = (m(batch.clone())["forces"]["forces"] for m in (compiled, plain))
-    assert 0 < (forces - expected).abs().max() < 0.02 * expected.abs().max()
+    with torch.no_grad():
+        exact = plain(batch.clone())["forces"]["forces"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            forces, expected = (m(batch.clone())["forces"]["forces"] for m in (compiled, plain))
+    errors = [float((x - exact).abs().max() / exact.abs().max()) for x in (forces, expected)]
+    assert 0 < errors[0] < 2 * errors[1] < 0.2, errors
     plain, compiled, counting = pair()
     expected = results(plain, BATCHES[1], training=True)
     torch.distributed.init_process_group(

@@ -48,13 +48,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.dtype == weight.dtype == torch.float32
+        not torch.compiler.is_compiling()
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and x.numel() * len(weight) >= _FEW_PRODUCTS
         and min(weight.shape) >= _SHORT_SIDE
         and _has_slow_default()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
