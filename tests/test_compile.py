@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from ase.build import bulk, molecule
 from fairchem.core.units.mlip_unit import InferenceSettings
 from torch import nn
 
-from escaip_fairchem import EScAIP, EScAIPBackbone, UserError
+from escaip_fairchem import EScAIP, EScAIPBackbone, UserError, calculator
 from escaip_fairchem.compiled import Compiled
 from escaip_fairchem.config import EScAIPConfig
 from escaip_fairchem.curvature import hessian_vector_product
@@ -22,6 +23,7 @@ from escaip_fairchem.graph import build_graph
 from escaip_fairchem.neighbors import Structures
 from escaip_fairchem.shapes import Edges, Shapes
 from helpers import SMALL, gas, make_batch, one_atom, slab, small_model, triclinic
+from run_helpers import save_checkpoint
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -246,3 +248,22 @@ def test_a_trajectory_has_one_shape_or_two():
     assert edges < 0.8 * found[0][0]
     assert shape not in {shape for _, shape in found}
     assert sizes(moved) == found[-1]
+
+
+def test_calculators(tmp_path, monkeypatch):
+    monkeypatch.setattr("escaip_fairchem.backbone.Compiled", partial(Compiled, "eager"))
+    for conservative in (False, True):
+        path = tmp_path / str(conservative) / "inference_ckpt.pt"
+        save_checkpoint(path, conservative=conservative, stress=False, dataset="cu")
+        found = {}
+        for mode in (False, True, "cuda-graphs"):
+            atoms = gas()
+            atoms.calc = calculator(path, device="cpu", compile=mode)
+            found[mode] = atoms.get_forces()
+            backbone = atoms.calc.predictor.model.module.backbone
+            assert backbone.config.compile == bool(mode)
+            assert backbone.config.cuda_graphs == (mode == "cuda-graphs")
+        for forces in found.values():
+            assert np.abs(forces - found[False]).max() < 1e-5 * np.abs(found[False]).max()
+    with pytest.raises(UserError, match="compile: 'fast' is not one of False, True"):
+        calculator(path, compile="fast")
