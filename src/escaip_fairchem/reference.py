@@ -67,10 +67,10 @@ MEANINGS = {
     "energy_head_gain": "gain of the energy head's initial weights",
     "force_weights": "`vector` as published; `scalar` makes direct forces exactly equivariant",
     "force_encoding": "forces are an input too, of `+denoising=dens`; nothing else sets it",
-    "compile": "everything after the graph by `torch.compile` ([speed](model.md#compilation))",
-    "cuda_graphs": "with `compile`: evaluation on a GPU by CUDA graphs, for small batches",
     "checkpointing": "what training keeps for backward ([memory](model.md#speed-and-memory))",
     "inference_chunk": "without gradients, atoms at a time; 0 takes all at once",
+    "compile": "everything after the graph by `torch.compile` ([speed](model.md#compilation))",
+    "cuda_graphs": "with `compile`: evaluation on a GPU by CUDA graphs, for small batches",
     "init": "`published`, or `resolved`: [few frames](model.md#few-frames)",
 }  # fmt: skip
 
