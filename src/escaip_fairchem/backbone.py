@@ -338,17 +338,13 @@ class EScAIPBackbone(nn.Module, BackboneInterface):
 
     @classmethod
     def build_inference_settings(cls, settings: Any) -> dict[str, Any]:
-        """`compile` of fairchem's settings is the key `compile`, instead of fairchem's own.
+        """No overrides; switches off fairchem's `torch.compile`, minutes long on first use.
 
-        `hessian_vmap` is not read: Hessians are computed row by row.
+        The model has a key `compile` of its own. `hessian_vmap` is not read: Hessians are computed
+        row by row.
         """
-        keys = {"compile": settings.compile}
-        if settings.compile:  # of training only, and "block" is refused there
-            keys["checkpointing"] = "pointwise"
-        else:
-            keys["cuda_graphs"] = False
         settings.compile = False
-        return keys
+        return {}
 
     def get_default_untrained_tasks(self, checkpoint_tasks: dict, inference_settings: Any) -> list:
         """None: properties that were not trained are added on request only."""

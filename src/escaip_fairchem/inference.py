@@ -65,7 +65,12 @@ def calculator(
     if compile not in (False, True, "cuda-graphs"):
         raise UserError(f"compile: {compile!r} is not one of False, True, 'cuda-graphs'")
     precision = dtype or torch.float32
-    keys: dict[str, str | bool] = {"cuda_graphs": compile == "cuda-graphs"}
+    keys: dict[str, str | bool] = {
+        "compile": bool(compile),
+        "cuda_graphs": compile == "cuda-graphs",
+    }
+    if compile:  # of training only, and "block" is refused there
+        keys["checkpointing"] = "pointwise"
     if neighbor_search:
         keys["neighbor_search"] = neighbor_search
 
@@ -74,7 +79,7 @@ def calculator(
             path,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             inference_settings=InferenceSettings(
-                compile=bool(compile), base_precision_dtype=precision, **untrained
+                compile=False, base_precision_dtype=precision, **untrained
             ),
             overrides={"backbone": dict(keys)},
         )
