@@ -68,6 +68,38 @@ def test_autocast_leaves_geometry_alone(preset):
     assert ours.cosines.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("preset", ["paper", "v2"])
+def test_residuals_and_readouts_are_added_in_float32(preset, kernels, monkeypatch):
+    """A bf16 sum loses what is 256 times smaller than the features, layer after layer."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("ESCAIP_KERNELS", kernels)
+    net, sums, products = model(preset, direct=True).eval(), {}, {}
+    backbone = net.backbone
+    for name, module in net.named_modules():
+        if module in (backbone.input_block, *backbone.blocks):
+            module.register_forward_hook(lambda m, a, out, name=name: sums.update({name: out}))
+        if name.endswith("attention"):
+            module.register_forward_hook(lambda m, a, out, name=name: products.update({name: out}))
+    for readout in (backbone.node_readout, backbone.edge_readout):
+        original = readout.finish
+
+        def finish(total, readout=readout, original=original):
+            sums[readout] = total[:1]
+            return original(total)
+
+        monkeypatch.setattr(readout, "finish", finish)
+    slab = fcc111("Cu", (2, 2, 1), vacuum=7, periodic=True)
+    slab.rattle(0.05, seed=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        net(batch_of([slab]))
+    assert len(sums) == 3 + 2
+    assert {x.dtype for out in sums.values() for x in out} == {torch.float32}
+    # what is added to the edges comes from products in bf16
+    assert {edge.dtype for _, edge in products.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("preset", ["paper", "v2"])
 def test_training_under_autocast(preset):
     """Gradients in bf16 point where those in float32 do; parameters stay float32."""

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from escaip_fairchem.edge_attributes import EdgeAttributes
-from escaip_fairchem.kernels import attention_backend, gather_gelu, linear, linear_backend
+from escaip_fairchem.kernels import (
+    at_least_float32,
+    attention_backend,
+    gather_gelu,
+    linear,
+    linear_backend,
+    sum_backend,
+)
 from escaip_fairchem.layers import (
     ACTIVATIONS,
     ConcatLinear,
@@ -31,16 +38,23 @@ if TYPE_CHECKING:
 Norm = Callable[[], nn.Module]
 
 
-def pool_slots(edge: Tensor, x: BlockInputs, pooling: str) -> Tensor:
+class Pooling(nn.Module):
     """Each atom's features from its neighbourhood, [E, H] -> [N, H].
 
     ``mean`` over the slots (with the published 1e-5 in the count), or ``self``: slot 0.
     """
-    if pooling == "self":
-        return edge.index_select(0, x.starts)
-    rows = x.receivers - x.first
-    total = edge.new_zeros(len(x.counts), edge.shape[-1]).index_add(0, rows, edge)
-    return total / (x.counts.to(edge.dtype) + 1e-5)[:, None]
+
+    def __init__(self, pooling: str) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.sum = sum_backend()
+
+    def forward(self, edge: Tensor, x: BlockInputs) -> Tensor:
+        """Features of edges [E, H] -> of atoms [N, H]; a mean is float32 at least."""
+        if self.pooling == "self":
+            return edge.index_select(0, x.starts)
+        total = self.sum(edge, x.receivers - x.first, x.starts, x.counts)
+        return total / (x.counts.to(total.dtype) + 1e-5)[:, None]
 
 
 class InputBlock(nn.Module):
@@ -60,7 +74,7 @@ class InputBlock(nn.Module):
         self.node_norm = norm()
         self.edge_norm = norm() if edge_used else None
         self.residual_before_norm = config.layout == "paper"
-        self.pooling = config.pooling
+        self.pool = Pooling(config.pooling)
 
     def prepare(self, x: BlockInputs) -> tuple[Tensor, ...]:
         """What `forward` reads of the whole batch."""
@@ -74,8 +88,8 @@ class InputBlock(nn.Module):
             normed = self.attribute_norm(residual)
         else:
             residual = normed = self.attributes.gather(x, *terms, norm=self.attribute_norm)
-        edge = self.ffn(normed, residual=residual)
-        node = self.node_norm(pool_slots(edge, x, self.pooling))
+        edge = self.ffn(normed, residual=at_least_float32(residual))
+        node = self.node_norm(self.pool(edge, x))
         return node, self.edge_norm(edge) if self.edge_norm is not None else None
 
 
@@ -108,7 +122,7 @@ class NeighborAttention(nn.Module):
         self.heads = config.num_heads
         self.frequencies = config.frequency_list if config.angular == "legendre" else ()
         self.scale = 1.0 / math.sqrt(attention_width(config))
-        self.pooling = config.pooling
+        self.pool = Pooling(config.pooling)
 
     def prepare(self, node: Tensor, x: BlockInputs) -> tuple[Tensor, ...]:
         """Terms of attributes and pairs that belong to atoms and lengths, of the whole batch.
@@ -161,7 +175,7 @@ class NeighborAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
         )
         edge_update = linear(attended.flatten(1), self.out.weight, self.out.bias)
-        return pool_slots(edge_update, x, self.pooling), edge_update
+        return self.pool(edge_update, x), edge_update
 
     def _pair(self, x: BlockInputs, source: Tensor, target: Tensor) -> Tensor:
         """Activated sum of a term of the neighbour and one of the atom, [E, H]."""
@@ -269,7 +283,7 @@ class Readout(nn.Module):
         if self.concat_norm is not None:
             square = readout.square().sum(-1, keepdim=True)
             readout = readout * self.concat_norm.weight.chunk(len(self.ffns))[index]
-        share = linear(readout, self.projection.weights()[index])
+        share = at_least_float32(linear(readout, self.projection.weights()[index]))
         if total is None:
             return share, square
         return total[0] + share, None if square is None else total[1] + square

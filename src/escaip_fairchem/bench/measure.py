@@ -168,9 +168,11 @@ def kept_attention_switches() -> Iterator[None]:
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Run in ``fp32``, ``tf32`` (matrix products) or ``bf16`` (autocast)."""
+    """Run in ``fp32``, ``tf32`` (matrix products) or ``bf16`` (autocast, the rest in TF32)."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    # as the recipes train on GPUs: heads, which autocast leaves alone, multiply in TF32
+    tf32 = name == "tf32" or (name == "bf16" and device.type == "cuda")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
             yield

@@ -10,15 +10,17 @@ from escaip_fairchem.kernels.backends import (
     fuses_graph,
     linear_backend,
     reads_angles,
+    sum_backend,
 )
 from escaip_fairchem.kernels.dense import linear
-from escaip_fairchem.kernels.edges import SortedLengths, gather_gelu, order_by
+from escaip_fairchem.kernels.edges import SortedLengths, at_least_float32, gather_gelu, order_by
 from escaip_fairchem.kernels.lean import banded_linear, recomputed_linear, rms_norm
 from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
 
 __all__ = [
     "AttentionGeometry",
     "SortedLengths",
+    "at_least_float32",
     "attention_backend",
     "banded_linear",
     "fused_edges",
@@ -33,4 +35,5 @@ __all__ = [
     "recomputed_linear",
     "recomputed_tree",
     "rms_norm",
+    "sum_backend",
 ]

@@ -6,7 +6,8 @@
 | ``triton`` | CUDA GPUs | closed form, in one kernel | no | by ``ESCAIP_KERNELS=triton`` |
 | ``reference`` | all | autograd | yes | by ``ESCAIP_KERNELS=reference`` |
 
-With ``triton`` edges are embedded by fused kernels, too (`fused_edges`), elsewhere in PyTorch.
+With ``triton`` edges are embedded by fused kernels, too (`fused_edges`), elsewhere in PyTorch,
+and summed by atom without atomics.
 ``triton`` also takes linear maps after an RMS norm, a GELU or both, on tensor cores (bf16, fp16,
 TF32); those after dropout or after other norms and activations, and float64, stay with torch.
 """
@@ -22,6 +23,7 @@ import torch
 
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.kernels.attention import packed_attention
+from escaip_fairchem.kernels.edges import sum_edges
 from escaip_fairchem.kernels.reference import AttentionGeometry, neighbor_attention
 
 if TYPE_CHECKING:
@@ -82,6 +84,18 @@ def linear_backend(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return partial(_triton_linear, plain)
 
 
+def sum_backend() -> Callable[..., Tensor]:
+    """The function that sums edges by their atom, with the signature of `sum_edges`.
+
+    Raises:
+        UserError: As `attention_backend`.
+    """
+    if _chosen() != "triton":
+        return sum_edges
+    _require_triton()
+    return _triton_sum
+
+
 def _chosen() -> str:
     name = os.environ.get(VARIABLE, "") or "torch"
     if name not in _BACKENDS:
@@ -130,6 +144,12 @@ def _triton_linear(*args, **options) -> Tensor:
     from escaip_fairchem.kernels.triton_linear import triton_linear
 
     return triton_linear(*args, **options)
+
+
+def _triton_sum(*args) -> Tensor:
+    from escaip_fairchem.kernels.triton_pool import pool_op
+
+    return pool_op(*args)
 
 
 def _require_triton() -> None:

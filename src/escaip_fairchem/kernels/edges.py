@@ -1,4 +1,6 @@
-"""Fused edge embedding: what the Triton kernels of edges read of a batch. Imports torch only.
+"""Edges to atoms and back: sums by atom, and what the fused edge embedding reads of a batch.
+
+Imports torch only.
 
 Shapes: N atoms, E edges (packed), U distinct lengths, H hidden.
 """
@@ -73,6 +75,27 @@ def order_by(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     ordered, order = torch.sort(rows, stable=True)
     return order, torch.searchsorted(ordered, torch.arange(count + 1, device=rows.device))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 if it is in half precision: for sums of many terms, as residuals are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sum_edges(edge: Tensor, receivers: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+    """Sums of edges by atom.
+
+    Args:
+        edge: Features of edges, [E, H].
+        receivers: Atom of each edge, ascending from 0, [E].
+        starts: First edge of each atom, [N].
+        counts: Edges of each atom, [N].
+
+    Returns:
+        [N, H], in float32 at least.
+    """
+    edge = at_least_float32(edge)
+    return edge.new_zeros(len(counts), edge.shape[1]).index_add(0, receivers, edge)
 
 
 def gather_gelu(
