@@ -91,11 +91,17 @@ def run(
 
 
 def paper_model(settings: Settings, weights: dict[str, torch.Tensor]) -> EScAIP:
-    """Preset ``paper`` with their weights, in eval mode.
+    """Preset ``paper`` with their weights.
 
     Args:
         settings: Size; the domain decides about periodic images.
         weights: By the authors' names, see `v1_names`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        UserError: The weights are of another model.
     """
     backbone = {
         "model": "escaip_fairchem.EScAIPBackbone",
