@@ -13,8 +13,8 @@ from ase.build import bulk, fcc111, molecule
 from ase.neighborlist import neighbor_list
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 
-import v1_names
 from escaip_fairchem import EScAIP
+from escaip_fairchem.bench import v1_names
 from escaip_fairchem.features import bond_orientational_order
 from slow_paper import SlowPaper, neighborhoods
 

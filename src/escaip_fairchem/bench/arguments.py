@@ -131,6 +131,7 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
         "--measure", choices=["forward", "train", "memory"], default="forward", help="(forward)"
     )
     parser.add_argument("--python", type=Path, metavar="PATH", help="of another environment")
+    parser.add_argument("--authors", type=Path, metavar="DIR", help="the code of escaip_v1")
 
 
 def _add_accuracy(parser: argparse.ArgumentParser) -> None:

@@ -65,13 +65,14 @@ def interleaved(calls: dict[str, Call], repeats: int, device: torch.device) -> d
         for name, call in calls.items():
             argument = call.prepare()
             with kept_attention_switches():
-                taken = _timed(call.run, argument, device)
+                taken = timed(call.run, argument, device)
             if turn:
                 seconds[name].append(taken)
     return {name: Spread.of(values) for name, values in seconds.items()}
 
 
-def _timed(run: Callable[[Any], Any], argument: Any, device: torch.device) -> float:
+def timed(run: Callable[[Any], Any], argument: Any, device: torch.device) -> float:
+    """Seconds of one call, as `interleaved` counts them."""
     if device.type != "cuda":
         start = time.process_time()
         run(argument)

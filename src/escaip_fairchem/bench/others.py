@@ -38,13 +38,37 @@ Others need an environment of their own; make one, then name its Python:
   python3.11 -m venv peers-mace && peers-mace/bin/pip install mace-torch
   escaip bench peers --python peers-mace/bin/python --peers mace
 
-The first compiles torch-scatter and torch-sparse, with a C++ compiler, for minutes.
+The first compiles torch-scatter and torch-sparse, with a C++ compiler, for minutes. It also runs
+the code of EScAIP's authors (NeurIPS 2024), beside preset `paper` on the same weights:
+
+  git clone https://github.com/ASK-Berkeley/EScAIP && git -C EScAIP checkout cea229e
+  escaip bench peers --python peers-v1/bin/python --peers escaip_v1 --authors EScAIP
+
 EMT of ASE, a classical potential, is always measured, in double precision."""
 
 
 def guide(installed: list[str]) -> str:
     """Which peers there are, those of the installed fairchem first, and how to get the others."""
     return GUIDE.format(esen=", ".join(installed))
+
+
+def check_environment(names: list[str], python: Path | None, settings: Settings) -> None:
+    """Refuse what cannot be measured in another environment.
+
+    Args:
+        names: Peers that need one.
+        python: Python of the environment.
+        settings: Device and precision.
+
+    Raises:
+        UserError: No such Python is given, or the device or precision is another.
+    """
+    if names and python is None:
+        raise UserError(f"{', '.join(names)}: give --python; see escaip bench peers --list")
+    if python is not None and not python.is_file():
+        raise UserError(f"--python: no file {python}; see escaip bench peers --list")
+    if names and (settings.device != "cpu" or settings.precision != "fp32"):
+        raise UserError("peers of other environments are measured on CPUs in fp32 only")
 
 
 def measure_other(
@@ -84,15 +108,17 @@ def _task(name: str, settings: Settings, structures: list[Atoms]) -> dict[str, A
         "model": name,
         "repeats": settings.repeats,
         "threads": settings.threads,
-        "structures": [
-            {
-                "numbers": atoms.numbers.tolist(),
-                "positions": atoms.positions.tolist(),
-                "cell": atoms.cell.array.tolist(),
-                "pbc": atoms.pbc.tolist(),
-            }
-            for atoms in structures
-        ],
+        "structures": [plain(atoms) for atoms in structures],
+    }
+
+
+def plain(atoms: Atoms) -> dict[str, list]:
+    """What ``ase.Atoms`` takes, as JSON has it."""
+    return {
+        "numbers": atoms.numbers.tolist(),
+        "positions": atoms.positions.tolist(),
+        "cell": atoms.cell.array.tolist(),
+        "pbc": atoms.pbc.tolist(),
     }
 
 
@@ -103,10 +129,10 @@ def forward_row(
     structures: list[Atoms],
     ours: float | None,
 ) -> Row:
-    """A row of a peer that is not measured in turn with EScAIP.
+    """A row of energy and forces.
 
     Args:
-        name: Of the peer.
+        name: Of the model.
         spread: Seconds.
         columns: What was run.
         structures: The batch.

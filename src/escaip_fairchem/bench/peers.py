@@ -1,7 +1,7 @@
 """``escaip bench peers``: other models on the same structures, all with random weights.
 
 The backbones of the installed fairchem run in turn with EScAIP in this process. Models that need
-other packages run in an environment of their own, see `others`.
+other packages run in an environment of their own, see `others` and `authors`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from fairchem.core.models.base import HydraModel
 from escaip_fairchem.bench.compare import OURS
 from escaip_fairchem.bench.measure import Call, interleaved
 from escaip_fairchem.bench.models import Models
-from escaip_fairchem.bench.others import OTHERS, forward_row, guide, measure_other
+from escaip_fairchem.bench.others import (
+    OTHERS,
+    check_environment,
+    forward_row,
+    guide,
+    measure_other,
+)
 from escaip_fairchem.bench.pair import model_pair
 from escaip_fairchem.bench.structures import solid
 from escaip_fairchem.errors import UserError
@@ -66,12 +72,7 @@ def run(
     others = [name for name in peers if not name.startswith("esen_")]
     for name in [e for e in esen if e not in ESEN] + [o for o in others if o not in OTHERS]:
         raise UserError(f"no peer {name!r}; escaip bench peers --list names them")
-    if others and python is None:
-        raise UserError(f"{', '.join(others)}: give --python; see escaip bench peers --list")
-    if python is not None and not python.is_file():
-        raise UserError(f"--python: no file {python}; see escaip bench peers --list")
-    if others and (settings.device != "cpu" or settings.precision != "fp32"):
-        raise UserError("peers of other environments are measured on CPUs in fp32 only")
+    check_environment(others, python, settings)
     models = {OURS: model_pair(settings.config())[1]}
     models |= esen_models(esen, max_neighbors, settings)
     for name, model in models.items():

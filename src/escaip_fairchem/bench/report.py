@@ -26,7 +26,8 @@ class Row:
         atoms: Atoms of the batch.
         ratio: Smallest value of the reference (the built-in, or EScAIP beside peers) over this
             one's: above 1, this one is better.
-        error: Largest difference from the built-in in float32, relative to the largest value.
+        error: Largest difference from the built-in (of preset ``paper``, from the authors' code) in
+            float32, relative to the largest value.
         common: Columns that say what was run: config, kind, domain, precision, device, threads.
     """
 

@@ -108,9 +108,9 @@ class Settings:
             if before is not None:
                 os.environ[VARIABLE] = before
 
-    def columns(self) -> dict[str, Any]:
+    def columns(self, preset: str = "v2") -> dict[str, Any]:
         """The columns of a row that say what was run."""
-        config = f"v2 H{self.hidden} L{self.layers} K{self.neighbors}"
+        config = f"{preset} H{self.hidden} L{self.layers} K{self.neighbors}"
         if self.checkpointing != type(self).checkpointing:
             config += f" checkpointing={self.checkpointing}"
         if self.inference_chunk:

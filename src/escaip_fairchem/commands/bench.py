@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def _md(args: argparse.Namespace, settings: Settings, report: Report) -> None:
 
 
 def _peers(args: argparse.Namespace, settings: Settings, report: Report) -> None:
-    from escaip_fairchem.bench import peers
+    from escaip_fairchem.bench import authors, peers
     from escaip_fairchem.bench.structures import batch_by_atoms
     from escaip_fairchem.bench.sweep import OF_ONE
 
@@ -116,8 +117,15 @@ def _peers(args: argparse.Namespace, settings: Settings, report: Report) -> None
         print(peers.describe())
         return
     batch = batch_by_atoms(settings.domain, settings.atoms, settings.seed)
-    limits = _numbers("--max-neighbors", args.max_neighbors)
     names = [name for name in args.peers.split(",") if name]
+    if authors.NAME in names:
+        if names != [authors.NAME] or args.measure != "forward":
+            raise UserError(f"{authors.NAME} is measured alone, without --measure")
+        given = {key: getattr(args, key) for key in authors.SIZE if getattr(args, key) is not None}
+        settings = dataclasses.replace(settings, **authors.SIZE | given)
+        authors.run(settings, report, batch, args.authors, args.python)
+        return
+    limits = _numbers("--max-neighbors", args.max_neighbors)
     peers.run(settings, report, batch, OF_ONE[args.measure], names, limits, args.python)
 
 

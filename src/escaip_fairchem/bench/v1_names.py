@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from escaip_fairchem.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 ATTRIBUTES = {
     "source_atomic_embedding": "source_species",
     "target_atomic_embedding": "target_species",
@@ -76,12 +83,22 @@ def _edge_only(ours: str) -> bool:
     return any(part in ours for part in ("edge_", "output_heads.forces"))
 
 
-def to_package(weights: dict, own: set[str], layers: int, *, direct: bool = True) -> dict:
-    """Weights under our names; every name of either side must have its counterpart."""
+def to_package(
+    weights: dict[str, Any], own: Iterable[str], layers: int, *, direct: bool = True
+) -> dict[str, Any]:
+    """Weights under our names.
+
+    Args:
+        weights: Their name -> tensor, of a model with direct forces.
+        own: The names of our model, all of which the result has.
+        layers: Of both models.
+        direct: Whether our model has direct forces; otherwise theirs of the edges are left out.
+
+    Raises:
+        UserError: A name of either side has no counterpart.
+    """
     table = names(layers, direct=direct)
-    assert set(table.values()) == own
-    missing = set(table) - set(weights)
-    unused = set(weights) - set(names(layers))
-    assert not missing, missing
-    assert not unused, unused
+    alone = (set(names(layers)) ^ set(weights)) | (set(table.values()) ^ set(own))
+    if alone:
+        raise UserError(f"the weights are not those of the authors' cea229e: {min(alone)}")
     return {ours: weights[theirs] for theirs, ours in table.items()}
