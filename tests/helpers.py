@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from escaip_fairchem import EScAIP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 #: Sizes of the models in the tests.
 SMALL = {
@@ -121,3 +123,10 @@ def one_atom() -> Atoms:
     """One atom in a cell without symmetry, smaller than any cutoff."""
     cell = [[2.5, 0.0, 0.0], [0.7, 2.6, 0.0], [-0.4, 0.9, 2.8]]
     return Atoms("Cu", cell=cell, pbc=True)
+
+
+def executable(path: Path, text: str) -> Path:
+    """A program of `text`, for tests to run in place of another."""
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path

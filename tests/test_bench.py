@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from ase.io import write
 from torch import nn
 
 from escaip_fairchem import UserError
-from escaip_fairchem.bench import gpu, measure, others, peer_worker, sweep
+from escaip_fairchem.bench import gpu, measure, others, peer_worker, peers, sweep
 from escaip_fairchem.bench.compare import BUILTIN, OURS, Comparison
 from escaip_fairchem.bench.graph import _builtin_gib
 from escaip_fairchem.bench.pair import model_pair
@@ -28,6 +30,7 @@ from escaip_fairchem.bench.structures import (
     solid,
 )
 from escaip_fairchem.cli import main
+from helpers import executable
 
 #: One small layer, one turn.
 TINY = ["--hidden", "64", "--layers", "1", "--repeats", "1"]
@@ -264,7 +267,46 @@ def test_peers_of_the_installed_fairchem(tmp_path, capsys):
 def test_the_worker_of_other_environments_needs_nothing_of_this_package():
     text = Path(peer_worker.__file__).read_text()
     assert "escaip" not in text.lower()
-    assert set(peer_worker.FAIRCHEM_1) | {"mace"} == set(others.OTHERS)
+    assert set(peer_worker.FAIRCHEM_1) | {"mace", "lammps"} == set(others.OTHERS)
+
+
+@pytest.mark.parametrize("name, measure", [("escn", "memory"), ("lammps", "forward")])
+def test_peers_of_another_environment(name, measure, tmp_path):
+    """A program in place of Python keeps the task and gives a ready answer."""
+    answer = {"config": "c", "kind": "direct", "parameters": 1, "versions": "v"}
+    answer["values"] = {"memory": [2**30], "forward": [0.5, 0.25]}[measure]
+    (tmp_path / "ready").write_text(json.dumps(answer))
+    program = f'#!/bin/sh\ncp "$2" "{tmp_path}/task"\ncp "{tmp_path}/ready" "$3"\n'
+    python, out = executable(tmp_path / "python", program), tmp_path / "rows.csv"
+    argv = ["bench", "peers", *TINY, "--atoms", "30", "--domain", "molecules", "--peers", name]
+    assert main([*argv, "--python", str(python), "--measure", measure, "--out", str(out)]) == 0
+    task, rows = json.loads((tmp_path / "task").read_text()), rows_of(out)
+    quantity, largest = {
+        "memory": ("peak of inference", "1024"),
+        "forward": ("forward", "500"),
+    }[measure]
+    (ours,) = (r for r in rows if r["model"] == OURS and r["quantity"] == quantity)
+    theirs = rows[-1]
+    assert (theirs["model"], theirs["quantity"], theirs["max"]) == (name, quantity, largest)
+    ratio = float(ours["min"]) / float(theirs["min"])
+    assert float(theirs["ratio"]) == pytest.approx(ratio, rel=1e-3)
+    assert (task["model"], task["quantity"]) == (name, quantity)
+    elements = {number for atoms in task["structures"] for number in atoms["numbers"]}
+    assert (elements <= {29, 79}) == (name == "lammps")
+    assert theirs["domain"] == ("solid" if name == "lammps" else "molecules")
+
+
+def test_kernels_of_a_comparison_with_peers(monkeypatch):
+    seen = []
+
+    def pair(config, **keys):
+        seen.append((os.environ["ESCAIP_KERNELS"], keys["checkpointing"]))
+        raise UserError("enough")
+
+    monkeypatch.setattr(peers, "model_pair", pair)
+    monkeypatch.setenv("ESCAIP_KERNELS", "torch")
+    assert main(["bench", "peers", *TINY, "--kernels", "triton"]) == 2
+    assert seen == [("triton", "pointwise")]
 
 
 # mistakes
@@ -276,6 +318,7 @@ def test_mistakes(tmp_path, capsys, monkeypatch):
     table.write_text("a,b\n1,2\n")
     empty = tmp_path / "empty.xyz"
     empty.write_text("nothing\n")
+    other = ["--python", str(empty)]
     for argv, message in [
         (["gpu"], "torch finds no CUDA device here"),
         (["forward", "--device", "cuda"], "--device cuda: torch finds no CUDA device"),
@@ -294,6 +337,12 @@ def test_mistakes(tmp_path, capsys, monkeypatch):
         (["peers", "--peers", "esen_K9"], "no peer 'K9'"),
         (["peers", "--peers", "mace"], "mace: give --python; see escaip bench peers --list"),
         (["peers", "--python", str(tmp_path / "python")], "--python: no file"),
+        (["peers", *other, "--peers", "escn", "--measure", "train"], "escn: --measure forward or"),
+        (
+            ["peers", *other, "--peers", "lammps", "--measure", "memory"],
+            "lammps: --measure forward",
+        ),
+        (["peers", *TINY, *other, "--peers", "escn"], "empty.xyz does not start"),
     ]:
         assert main(["bench", *argv]) == 2, argv
         lines = capsys.readouterr().err.splitlines()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +16,12 @@ from escaip_fairchem import EScAIP
 from escaip_fairchem.bench import authors, authors_worker, v1_names
 from escaip_fairchem.bench.structures import DOMAINS
 from escaip_fairchem.cli import main
+from helpers import executable
 from slow_paper import SlowPaper
 
 #: What the small model that stands for the authors' takes.
 OPTIONS = ["--hidden", "64", "--layers", "1", "--neighbors", "12", "--domain", "molecules"]
 SECONDS = (9, 0.5, 0.25)
-
-
-def executable(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
 
 
 @pytest.fixture(scope="module")

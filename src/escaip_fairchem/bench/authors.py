@@ -24,7 +24,7 @@ from escaip_fairchem.bench.measure import (
     refuse_if_different,
     timed,
 )
-from escaip_fairchem.bench.others import check_environment, forward_row, plain
+from escaip_fairchem.bench.others import check_environment, peer_row, plain
 from escaip_fairchem.bench.pair import PERTURBATION, batch_of, outputs
 from escaip_fairchem.errors import UserError
 from escaip_fairchem.model import EScAIP
@@ -84,10 +84,10 @@ def run(
                 seconds[OURS].append(timed(ours, batch.clone(), settings.torch_device))
     own, other = (Spread.of(seconds[name]) for name in (OURS, NAME))
     columns = settings.columns("paper")
-    row = forward_row(OURS, own, columns, structures, None)
+    row = peer_row(OURS, own, columns, structures, None)
     report.add(dataclasses.replace(row, error=max(errors.values())))
     columns |= {"config": f"v1 H{settings.hidden} L{settings.layers} K{settings.neighbors}"}
-    report.add(forward_row(NAME, other, columns, structures, 1e3 * own.min))
+    report.add(peer_row(NAME, other, columns, structures, 1e3 * own.min))
 
 
 def paper_model(settings: Settings, weights: dict[str, torch.Tensor]) -> EScAIP:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from escaip_fairchem.bench.settings import Settings
 
+#: Unit of a row -> how many of it a second or a byte is.
+SCALES = {"ms": 1e3, "MiB": 1 / 2**20}
+
 #: What can be measured -> its unit.
 QUANTITIES = {
     "forward": "ms",
@@ -98,7 +101,7 @@ class Models:
         error: float | None,
     ) -> Row:
         unit = QUANTITIES[quantity]
-        spread, scale = spreads[name], {"ms": 1e3, "MiB": 1 / 2**20}[unit]
+        spread, scale = spreads[name], SCALES[unit]
         compared = name != self.reference and self.reference in spreads
         common = self.settings.columns()
         return Row(

