@@ -100,10 +100,12 @@ def test_residuals_and_readouts_are_added_in_float32(preset, kernels, monkeypatc
     assert {edge.dtype for _, edge in products.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "conservative"])
 @pytest.mark.parametrize("preset", ["paper", "v2"])
-def test_training_under_autocast(preset):
-    """Gradients in bf16 point where those in float32 do; parameters stay float32."""
-    net = model(preset, direct=True).train()
+def test_training_under_autocast(preset, direct, dtype):
+    """Gradients point where those in float32 do; the backward pass is outside, as in training."""
+    net = model(preset, direct=direct).train()
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -115,9 +117,9 @@ def test_training_under_autocast(preset):
     gradients = []
     for enabled in (False, True):
         net.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             out = net(batch.clone())
-        sum(v[k].float().square().sum() for k, v in out.items()).backward()
+        sum(x.float().square().sum() for v in out.values() for x in v.values()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert gradients[1].dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.97

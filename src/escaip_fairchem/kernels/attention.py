@@ -188,7 +188,9 @@ class _AttentionGrad(Function):
         values = grad @ gv.transpose(-1, -2)
         E = E + (values if keep is None else values * keep)
         T = weights * (E - (weights * E).sum(-1, keepdim=True))  # cotangent of S
-        to_grad = kept @ v + attended @ gv
+        # products are those of the forward pass: under autocast in half precision
+        kept = kept.to(v.dtype)
+        to_grad = kept @ v + attended.to(v.dtype) @ gv
         to_q, to_k, to_v = to_padded = torch.empty_like(padded)
         torch.matmul(kept.transpose(-1, -2), grad, out=to_v)
         to_polynomials: list[Tensor | None] = [None] * len(polynomials)
@@ -199,6 +201,7 @@ class _AttentionGrad(Function):
                 first, second = T * polynomials[l - 1], dS * polynomials[l - 1]
                 if ctx.geometry and grad_polynomials[l - 1] is not None:
                     first = first + dS * grad_polynomials[l - 1]
+            first, second = first.to(q.dtype), second.to(q.dtype)
             to_q_l.copy_(first @ k_l + second @ gk_l).mul_(tiles.scale)
             first, second = first.transpose(-1, -2), second.transpose(-1, -2)
             to_k_l.copy_(first @ q_l + second @ gq_l).mul_(tiles.scale)
