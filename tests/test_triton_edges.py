@@ -292,11 +292,27 @@ def test_whole_models(preset, direct, monkeypatch):
     assert max(found.values()) < 2e-5, found
 
 
-def test_inference_in_chunks(monkeypatch):
+def test_blocks_that_are_repeated_with_dropout(monkeypatch):
+    """torch's checkpointing repeats them, and gives each saved tensor only once."""
+    monkeypatch.setenv("ESCAIP_KERNELS", "triton")
+    results = []
+    for mode in ("none", "block"):
+        # what is dropped is the same when a block is repeated
+        rates = {"node_ffn_dropout": 0.2, "checkpointing": mode}
+        model = build_model(preset="v2", direct=False, **rates).train()
+        torch.manual_seed(1)
+        outputs, gradients = outputs_and_gradients(model)
+        results.append(outputs | gradients)
+    found = errors(*results)
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("preset", ["v2", "paper"])
+def test_inference_in_chunks(preset, monkeypatch):
     results = []
     for name in ("torch", "triton"):
         monkeypatch.setenv("ESCAIP_KERNELS", name)
-        model = build_model(preset="v2", direct=True, inference_chunk=4).eval()
+        model = build_model(preset=preset, direct=True, inference_chunk=4).eval()
         with torch.no_grad():
             outputs = model(make_batch(gas(), dtype=torch.float32).to(DEVICE)).values()
         results.append({key: x for output in outputs for key, x in output.items()})

@@ -174,7 +174,8 @@ def _save(ctx, *inputs) -> None:
 
 def _saved(ctx, count: int):
     """The tensors that `_save` kept, and the index."""
-    return *ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+    tensors = ctx.saved_tensors  # once: torch's checkpointing gives them a single time
+    return *tensors[:count], list(tensors[count:])
 
 
 def _present(gradients, distance, weight, index):

@@ -147,18 +147,21 @@ def _save(ctx, tensors, basis) -> None:
     ctx.save_for_backward(*tensors, lengths, centers, runs)
 
 
-def _bases(ctx) -> tuple[tuple, tuple]:
-    """The basis that an operator was given, and its derivative by the lengths."""
-    tensors = *ctx.saved_tensors[-3:], *ctx.scales
-    return (*tensors, ctx.order), (*tensors, ctx.order + 1)
+def _saved(ctx) -> tuple[list[Tensor], tuple, tuple]:
+    """What `_save` kept: tensors, the basis, and its derivative by the lengths.
+
+    Once for each backward pass: torch's checkpointing gives saved tensors a single time.
+    """
+    *tensors, lengths, centers, runs = ctx.saved_tensors
+    basis = lengths, centers, runs, *ctx.scales
+    return tensors, (*basis, ctx.order), (*basis, ctx.order + 1)
 
 
 _NO_BASIS = (None,) * 5  # gradients of what follows the lengths
 
 
 def _differentiate_expand(ctx, grad):
-    weight = ctx.saved_tensors[0]
-    basis, slope = _bases(ctx)
+    (weight,), basis, slope = _saved(ctx)
     wanted = ctx.needs_input_grad
     return (
         weigh_op(grad, *basis) if asked_for(ctx, 0) else None,
@@ -169,8 +172,7 @@ def _differentiate_expand(ctx, grad):
 
 
 def _differentiate_contract(ctx, v):
-    grad, weight = ctx.saved_tensors[:2]
-    basis, slope = _bases(ctx)
+    (grad, weight), basis, slope = _saved(ctx)
     wanted = ctx.needs_input_grad
     return (
         v[:, None] * expand_op(weight, None, *basis) if wanted[0] else None,
@@ -181,8 +183,7 @@ def _differentiate_contract(ctx, v):
 
 
 def _differentiate_weigh(ctx, v):
-    grad = ctx.saved_tensors[0]
-    basis, slope = _bases(ctx)
+    (grad,), basis, slope = _saved(ctx)
     return (
         expand_op(v, None, *basis) if ctx.needs_input_grad[0] else None,
         contract_op(grad, v, *slope) if ctx.needs_input_grad[1] else None,
