@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +110,15 @@ def test_no_speed_where_their_numbers_differ(key, tmp_path, code, published, cap
 
 
 def test_weights_of_another_code_are_refused(tmp_path, code, published, capsys):
-    other = published | {"weights": published["weights"] | {"backbone/gate.weight": torch.ones(1)}}
-    assert bench(tmp_path, code, other) == 2
-    message = "the weights are not those of the authors' cea229e: backbone/gate.weight"
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    name = "energy_head/energy_layer.final_output.0.weight"
+    for changed, reason in [
+        ({"backbone/gate.weight": torch.ones(1)}, "backbone/gate.weight"),
+        ({name: torch.ones(1, 7)}, "output_heads.energy.energy.final.weight is [1, 7], not [1, 64]"),
+    ]:
+        other = published | {"weights": published["weights"] | changed}
+        assert bench(tmp_path, code, other) == 2
+        message = f"the weights are not those of the authors' cea229e: {reason}"
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_default_size_is_that_of_their_oc20_model(monkeypatch):
@@ -125,7 +131,9 @@ def test_default_size_is_that_of_their_oc20_model(monkeypatch):
 
 def test_mistakes(tmp_path, code, capsys):
     fails = executable(tmp_path / "fails", "#!/bin/sh\necho first >&2\necho last >&2\nexit 1\n")
-    talks = executable(tmp_path / "talks", "#!/bin/sh\nread -r line; echo hello; sleep 60\n")
+    # a script around a program that waits
+    talks = "#!/bin/sh\nsleep 60 &\nread -r line; echo hello; wait\n"
+    talks, begin = executable(tmp_path / "talks", talks), time.monotonic()
     text = tmp_path / "text"
     text.touch()
     there = ["--authors", str(code)]
@@ -151,6 +159,7 @@ def test_mistakes(tmp_path, code, capsys):
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith("escaip: error: "), argv
         assert message in line, argv
+    assert time.monotonic() - begin < 30, "a program was waited for"
 
 
 # the worker, with a model of one weight in place of theirs

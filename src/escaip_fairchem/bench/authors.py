@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -118,7 +120,15 @@ def paper_model(settings: Settings, weights: dict[str, torch.Tensor]) -> EScAIP:
     }
     with settings.chosen_kernels():
         model = EScAIP(backbone=backbone | settings.own_keys(), heads=heads)
-    model.load_state_dict(v1_names.to_package(weights, model.state_dict(), settings.layers))
+    own = model.state_dict()
+    named = v1_names.to_package(weights, own, settings.layers)
+    for name, tensor in named.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"the weights are not those of the authors' cea229e: {name} is "
+                f"{list(tensor.shape)}, not {list(own[name].shape)}"
+            )
+    model.load_state_dict(named)
     return model.eval().requires_grad_(False)
 
 
@@ -177,8 +187,9 @@ class _Worker:
         pipe = subprocess.PIPE
         try:
             with self._errors.open("w") as errors:
+                # a group of its own: what is named as Python may be a script that starts it
                 self._process = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, stderr=errors, text=True
+                    command, stdin=pipe, stdout=pipe, stderr=errors, text=True, process_group=0
                 )
         except OSError as error:
             raise UserError(f"--python: {python} does not start: {error.strerror}") from error
@@ -187,8 +198,12 @@ class _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        self._end()
+
+    def _end(self) -> None:
+        if self._process.returncode is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
 
     def turn(self) -> float:
         """Seconds of energy and forces.
@@ -201,7 +216,6 @@ class _Worker:
             self._process.stdin.flush()
             return float(self._process.stdout.readline())
         except (BrokenPipeError, ValueError):
-            self._process.kill()  # it may print something else, and wait
-            self._process.wait()
+            self._end()  # it may print something else, and wait
             reason = (self._errors.read_text().strip() or "no output").splitlines()[-1]
             raise UserError(f"{NAME} does not run in {self._python}: {reason}") from None
