@@ -110,10 +110,10 @@ def test_no_speed_where_their_numbers_differ(key, tmp_path, code, published, cap
 
 
 def test_weights_of_another_code_are_refused(tmp_path, code, published, capsys):
-    name = "energy_head/energy_layer.final_output.0.weight"
+    name, own = "energy_head/energy_layer.final_output.0", "output_heads.energy.energy.final"
     for changed, reason in [
         ({"backbone/gate.weight": torch.ones(1)}, "backbone/gate.weight"),
-        ({name: torch.ones(1, 7)}, "output_heads.energy.energy.final.weight is [1, 7], not [1, 64]"),
+        ({f"{name}.weight": torch.ones(1, 7)}, f"{own}.weight is [1, 7], not [1, 64]"),
     ]:
         other = published | {"weights": published["weights"] | changed}
         assert bench(tmp_path, code, other) == 2
