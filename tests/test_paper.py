@@ -57,7 +57,7 @@ def build_model(size: str, dtype: torch.dtype, *, direct: bool = True) -> EScAIP
 
 
 def load(model: EScAIP, weights: dict, *, direct: bool = True) -> EScAIP:
-    layers, own = model.backbone.config.num_layers, set(model.state_dict())
+    layers, own = model.backbone.config.num_layers, model.state_dict()
     tensors = v1_names.to_package(weights, own, layers, direct=direct)
     model.load_state_dict({name: torch.as_tensor(value) for name, value in tensors.items()})
     return model

@@ -46,16 +46,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """[..., size] -> [..., size]; `weight` stands in for the norm's own."""
-        if torch.compiler.is_compiling():
-            return _plain_rms_norm(x, self.weight if weight is None else weight)
         return rms_norm(x, self.weight if weight is None else weight)
-
-
-def _plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """`rms_norm` for a compiler, which fuses it and decides itself what is kept."""
-    wide = x.to(weight.dtype)
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + torch.finfo(wide.dtype).eps)
-    return (wide * inverse * weight).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -57,7 +57,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="(cpu)")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16"], help="(fp32)")
     parser.add_argument("--compile", action="store_true", help="ours by torch.compile")
-    parser.add_argument("--kernels", choices=["torch", "triton"], help="attention of ours (torch)")
+    parser.add_argument("--kernels", choices=["torch", "triton"], help="of ours (torch)")
 
 
 def _add_batch(parser: argparse.ArgumentParser) -> None:

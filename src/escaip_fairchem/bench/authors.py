@@ -26,16 +26,22 @@ from escaip_fairchem.bench.measure import (
     refuse_if_different,
     timed,
 )
-from escaip_fairchem.bench.others import check_environment, peer_row, plain
-from escaip_fairchem.bench.pair import PERTURBATION, batch_of, outputs
+from escaip_fairchem.bench.others import (
+    check_environment,
+    does_not_run,
+    does_not_start,
+    peer_row,
+    plain,
+)
+from escaip_fairchem.bench.pair import PERTURBATION, batch_of, outputs, own_model
 from escaip_fairchem.errors import UserError
-from escaip_fairchem.model import EScAIP
 
 if TYPE_CHECKING:
     from ase import Atoms
 
     from escaip_fairchem.bench.report import Report
     from escaip_fairchem.bench.settings import Settings
+    from escaip_fairchem.model import EScAIP
 
 NAME = "escaip_v1"
 
@@ -105,30 +111,18 @@ def paper_model(settings: Settings, weights: dict[str, torch.Tensor]) -> EScAIP:
     Raises:
         UserError: The weights are of another model.
     """
-    backbone = {
-        "model": "escaip_fairchem.EScAIPBackbone",
+    keys = {
         "preset": "paper",
+        "direct_forces": True,
         "hidden_size": settings.hidden,
         "num_layers": settings.layers,
         "num_heads": settings.hidden // 64,
         "max_neighbors": settings.neighbors,
         "use_pbc": settings.domain != "molecules",
     }
-    heads = {
-        "energy": {"module": "escaip_fairchem.EnergyHead"},
-        "forces": {"module": "escaip_fairchem.DirectForceHead"},
-    }
     with settings.chosen_kernels():
-        model = EScAIP(backbone=backbone | settings.own_keys(), heads=heads)
-    own = model.state_dict()
-    named = v1_names.to_package(weights, own, settings.layers)
-    for name, tensor in named.items():
-        if tensor.shape != own[name].shape:
-            raise UserError(
-                f"the weights are not those of the authors' cea229e: {name} is "
-                f"{list(tensor.shape)}, not {list(own[name].shape)}"
-            )
-    model.load_state_dict(named)
+        model = own_model(keys | settings.own_keys())
+    model.load_state_dict(v1_names.to_package(weights, model.state_dict(), settings.layers))
     return model.eval().requires_grad_(False)
 
 
@@ -192,7 +186,7 @@ class _Worker:
                     command, stdin=pipe, stdout=pipe, stderr=errors, text=True, process_group=0
                 )
         except OSError as error:
-            raise UserError(f"--python: {python} does not start: {error.strerror}") from error
+            raise does_not_start(python, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -217,5 +211,4 @@ class _Worker:
             return float(self._process.stdout.readline())
         except (BrokenPipeError, ValueError):
             self._end()  # it may print something else, and wait
-            reason = (self._errors.read_text().strip() or "no output").splitlines()[-1]
-            raise UserError(f"{NAME} does not run in {self._python}: {reason}") from None
+            raise does_not_run(NAME, self._python, self._errors.read_text()) from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from escaip_fairchem.bench import peer_worker
 from escaip_fairchem.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,18 +119,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = run()
-    del result
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
+    return peer_worker.peak_bytes(run)
 
 
 def differences(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:

@@ -80,6 +80,17 @@ def check_environment(names: list[str], python: Path | None, settings: Settings)
         raise UserError("peers of other environments are measured on CPUs in fp32 only")
 
 
+def does_not_start(python: Path, error: OSError) -> UserError:
+    """The error of a `python` that is no program."""
+    return UserError(f"--python: {python} does not start: {error.strerror}")
+
+
+def does_not_run(name: str, python: Path, printed: str) -> UserError:
+    """The error of a model that fails there, by the last line of what it `printed`."""
+    reason = (printed.strip() or "no output").splitlines()[-1]
+    return UserError(f"{name} does not run in {python}: {reason}")
+
+
 def measure_other(
     name: str,
     python: Path,
@@ -111,10 +122,9 @@ def measure_other(
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            raise UserError(f"--python: {python} does not start: {error.strerror}") from error
+            raise does_not_start(python, error) from error
         if done.returncode or not answer.exists():
-            reason = (done.stderr.strip() or "no output").splitlines()[-1]
-            raise UserError(f"{name} does not run in {python}: {reason}")
+            raise does_not_run(name, python, done.stderr)
         found = json.loads(answer.read_text())
     print(f"{name}: {found['parameters'] / 1e6:.1f} M parameters, {found['versions']}")
     columns = settings.columns() | {"config": found["config"], "kind": found["kind"]}

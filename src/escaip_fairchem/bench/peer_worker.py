@@ -108,7 +108,7 @@ def main(task_file: str, answer_file: str) -> None:
     if task["quantity"] == "forward":
         answer["values"] = [_seconds(evaluate) for _ in range(task["repeats"])]
     else:
-        answer["values"] = [_peak_bytes(evaluate)]
+        answer["values"] = [peak_bytes(evaluate)]
     with open(answer_file, "w") as file:
         json.dump(answer, file)
 
@@ -119,7 +119,7 @@ def _seconds(evaluate) -> float:
     return time.process_time() - start
 
 
-def _peak_bytes(evaluate) -> int:
+def peak_bytes(evaluate) -> int:
     """Most bytes that torch's allocator held at once during a call, above those before it."""
     from torch.profiler import ProfilerActivity, profile
 

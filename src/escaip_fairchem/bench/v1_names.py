@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from escaip_fairchem.errors import UserError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 ATTRIBUTES = {
     "source_atomic_embedding": "source_species",
@@ -28,6 +25,7 @@ OUTPUTS = {
     "force_head/force_direction_layer": "output_heads.forces.direction",
     "force_head/force_magnitude_layer": "output_heads.forces.magnitude",
 }
+_FOREIGN = "the weights are not those of the authors' cea229e"
 WITHOUT_BIAS = ("embedding", "norm", "norm_attn", "final_output.0")
 
 
@@ -84,21 +82,26 @@ def _edge_only(ours: str) -> bool:
 
 
 def to_package(
-    weights: dict[str, Any], own: Iterable[str], layers: int, *, direct: bool = True
+    weights: dict[str, Any], own: dict[str, Any], layers: int, *, direct: bool = True
 ) -> dict[str, Any]:
     """Weights under our names.
 
     Args:
         weights: Their name -> tensor, of a model with direct forces.
-        own: The names of our model, all of which the result has.
+        own: State of our model, whose names and shapes the result has.
         layers: Of both models.
         direct: Whether our model has direct forces; otherwise theirs of the edges are left out.
 
     Raises:
-        UserError: A name of either side has no counterpart.
+        UserError: A name of either side has no counterpart, or one of another shape.
     """
     table = names(layers, direct=direct)
     alone = (set(names(layers)) ^ set(weights)) | (set(table.values()) ^ set(own))
     if alone:
-        raise UserError(f"the weights are not those of the authors' cea229e: {min(alone)}")
-    return {ours: weights[theirs] for theirs, ours in table.items()}
+        raise UserError(f"{_FOREIGN}: {min(alone)}")
+    named = {ours: weights[theirs] for theirs, ours in table.items()}
+    for name, tensor in named.items():
+        found, expected = list(tensor.shape), list(own[name].shape)
+        if found != expected:
+            raise UserError(f"{_FOREIGN}: {name} is {found}, not {expected}")
+    return named

@@ -1,7 +1,8 @@
 """Attention among the neighbours of each atom, in PyTorch with hand-written derivatives.
 
 The same function as `reference.neighbor_attention`. It keeps q, k, v and the weights for the
-backward pass, and moves rows between the packed and the padded layout by one gather each way. First and second derivative are closed forms in tiles of K x K.
+backward pass, and moves rows between the packed and the padded layout by one gather each way.
+First and second derivative are closed forms in tiles of K x K.
 
 Shapes as in the reference: N atoms, K slots, E edges, A heads, D channels per head.
 """

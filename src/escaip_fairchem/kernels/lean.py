@@ -174,6 +174,10 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     backward pass; this one keeps `x` and one number per row. Half precisions are summed in
     float32.
     """
+    if torch.compiler.is_compiling():  # which fuses it, and decides itself what is kept
+        wide = x.to(weight.dtype)
+        mean = wide.square().mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean + torch.finfo(wide.dtype).eps) * weight).to(x.dtype)
     return _RMSNorm.apply(x, weight)
 
 

@@ -95,17 +95,19 @@ def _derive(kernel, inputs, outputs, tables, weight, index, distance):
             )
     d_distance = source.new_empty(0)
     if distance is not None:
-        d_distance = _segment_sum(d_z, row_order, row_ends).to(distance.dtype)
-    d_source = _segment_sum(d_z, sender_order, sender_ends)
+        d_distance = segment_sum(d_z, row_order, row_ends).to(distance.dtype)
+    d_source = segment_sum(d_z, sender_order, sender_ends)
     if weight is not None:
         d_weight = d_weight.sum(0).to(weight.dtype)
     return d_distance, d_source, d_target, d_weight
 
 
-def _segment_sum(values: Tensor, order: Tensor, ends: Tensor) -> Tensor:
-    """Sums of values[order[ends[s]:ends[s + 1]]], [S, H]."""
+def segment_sum(
+    values: Tensor, order: Tensor, ends: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Sums of values[order[ends[s]:ends[s + 1]]], [S, H], in the type of `values` or `dtype`."""
     size, segments = values.shape[1], len(ends) - 1
-    out = values.new_empty(segments, size)
+    out = values.new_empty(segments, size, dtype=dtype)
     block = min(128, triton.next_power_of_2(size))
     if segments:
         with torch.cuda.device_of(values):
